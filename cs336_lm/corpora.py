@@ -5,14 +5,19 @@
 # %% ../nbs/02_corpora.ipynb #b09e2409
 from __future__ import annotations
 
-import hashlib, os, re, time, zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import codecs, hashlib, http.client, json, os, re, shutil, time, urllib.request, zlib
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 # %% auto #0
-__all__ = ['END_OF_TEXT', 'read_pieces', 'decode_utf8', 'read_documents', 'data_dir', 'write_aside', 'describe_file']
+__all__ = ['END_OF_TEXT', 'FILES', 'GENERATED', 'HELD_OUT', 'HUB', 'OFFICIAL', 'read_pieces', 'decode_utf8', 'read_documents',
+           'data_dir', 'write_aside', 'describe_file', 'Corpus', 'split_text_file', 'Announced', 'gunzip', 'fetch_file',
+           'download', 'corpus_names', 'find_corpus']
 
 # %% ../nbs/02_corpora.ipynb #dbb3e6a2
 END_OF_TEXT = "<|endoftext|>"  # the separator of both official corpora, and GPT-2's only special token
@@ -39,7 +44,7 @@ def decode_utf8(data: bytes, path: str | os.PathLike, offset: int = 0) -> str:
     except UnicodeDecodeError as error:
         at, byte = offset + error.start, data[error.start]
         raise ValueError(f"{os.fspath(path)} is not UTF-8 text: byte 0x{byte:02x} at offset {at:,} ({error.reason}). "
-                         f"Convert it first, for example with iconv -f LATIN1 -t UTF-8.") from None
+                         f"Convert it first: iconv -f ITS-ENCODING -t UTF-8.") from None
 
 
 def read_documents(path: str | os.PathLike, separator: str = END_OF_TEXT) -> Iterator[str]:
@@ -109,3 +114,379 @@ def describe_file(path: str | os.PathLike, name: str | None = None) -> dict:
         size = offset + len(piece)
         documents += bool(piece.strip())
     return {"name": name or Path(path).name, "bytes": size, "documents": documents, "sha256": digest.hexdigest()}
+
+# %% ../nbs/02_corpora.ipynb #d41c3930
+@dataclass(frozen=True)
+class Corpus:
+    "A named text in two files: `train` to learn from, `valid` held out."
+    name: str
+    train: Path
+    valid: Path
+
+
+# train and valid as they are called in the data folder
+FILES = {"tinystories": ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"),
+         "owt": ("owt_train.txt", "owt_valid.txt"),
+         "tinystories-9MB": ("tinystories_train.txt", "tinystories_valid.txt"),
+         "web-488MB": ("web_train.txt", "web_valid.txt")}
+# corpora that are written on demand: a name, and the function that writes it into a folder
+GENERATED: dict[str, Callable[[Path], Corpus]] = {}
+
+# %% ../nbs/02_corpora.ipynb #f44a9887
+def _join_parts(train: Path) -> None:
+    "Write `train` from `train_0`, `train_1`, ... beside it, if there are such parts."
+    numbered = {int(m[1]): p for p in train.parent.glob(f"{train.stem}_*{train.suffix}")
+                if (m := re.fullmatch(re.escape(train.stem) + r"_(\d+)", p.stem))}
+    if not numbered: return
+    if sorted(numbered) != list(range(len(numbered))):
+        raise FileNotFoundError(f"{train.parent} has only the parts {sorted(numbered)} of {train.name}; copy the rest too.")
+    with write_aside(train) as out:
+        for _, part in sorted(numbered.items()):
+            with open(part, "rb") as file: shutil.copyfileobj(file, out, 1 << 20)
+            with open(part, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 100))
+                if not file.read().rstrip().endswith(END_OF_TEXT.encode()): out.write(f"\n{END_OF_TEXT}\n".encode())
+
+# %% ../nbs/02_corpora.ipynb #1cbba80d
+def _named_corpus(name: str, folder: Path) -> Corpus:
+    "A corpus of `FILES`; `FileNotFoundError` with the remedy where a file is not in the folder."
+    corpus = Corpus(name, *(folder / file for file in FILES[name]))
+    if not corpus.train.exists(): _join_parts(corpus.train)
+    for path in (corpus.train, corpus.valid):
+        if path.is_file(): continue
+        remedy = f"Get it with: cs336 data download {name}" if name in OFFICIAL else "Copy it there"
+        raise FileNotFoundError(f"The corpus {name} needs {path}, which is not there. {remedy}, "
+                                f"or name the folder that has it in CS336_DATA.")
+    return corpus
+
+# %% ../nbs/02_corpora.ipynb #883915b0
+HELD_OUT = 0.1  # share of the bytes
+
+
+def _blocks(path: str | os.PathLike, least: int, at_blank: bool) -> Iterator[tuple[int, bytes]]:
+    "Blocks of a running text of at least so many bytes, cut at blank lines or at any line, each with its offset."
+    offset, block = 0, bytearray()
+    with open(path, "rb") as file:
+        for line in file:
+            if len(block) >= least and not (at_blank and line.strip()):
+                if block.strip(): yield offset, bytes(block)
+                offset, block = offset + len(block), bytearray()
+            block += line
+    if block.strip(): yield offset, bytes(block)
+
+# %% ../nbs/02_corpora.ipynb #18041b3e
+def _held_out_by_hash(documents: Iterable[tuple[int, bytes]]) -> set[bytes]:
+    "Hashes of the documents to hold out; at least one, and never all of them."
+    sizes = Counter()
+    for _, document in documents: sizes[_document_hash(document)] += len(document)
+    held_out, taken, goal = set(), 0, HELD_OUT * sizes.total()
+    for digest in sorted(sizes)[:-1]:
+        if taken >= goal: break
+        held_out.add(digest)
+        taken += sizes[digest]
+    return held_out
+
+
+def _document_hash(document: bytes) -> bytes: return hashlib.sha256(document.strip()).digest()
+
+# %% ../nbs/02_corpora.ipynb #317b1733
+def _held_out_tail(documents: Iterable[tuple[int, bytes]], size: int) -> int | None:
+    "Offset at which the held-out last part begins; None where there are not two documents."
+    starts = [offset for offset, _ in documents]
+    if len(starts) < 2: return None
+    return starts[min(bisect_left(starts, (1 - HELD_OUT) * size), len(starts) - 1)]
+
+# %% ../nbs/02_corpora.ipynb #7e433aea
+def _separated(path: Path) -> Iterator[tuple[int, bytes]]:
+    return ((offset, piece) for offset, piece in read_pieces(path, END_OF_TEXT.encode()) if piece.strip())
+
+
+def _sides(path: Path, pieces: int) -> Iterator[tuple[int, bytes, bool]]:
+    "Offset, bytes and side (True: held out) of each document of a file that is cut into so many pieces by separators."
+    if pieces > 1:
+        if held_out := _held_out_by_hash(_separated(path)):
+            return ((o, d, _document_hash(d) in held_out) for o, d in _separated(path))
+    else:
+        for least, at_blank in ((500, True), (500, False), (1, False)):
+            if (cut := _held_out_tail(_blocks(path, least, at_blank), path.stat().st_size)) is not None:
+                return ((o, d, o >= cut) for o, d in _blocks(path, least, at_blank))
+    raise ValueError(f"{path} has only one document (equal ones count once), and one must be held out. "
+                     f"Put {END_OF_TEXT} between documents, or give a text of several lines.")
+
+# %% ../nbs/02_corpora.ipynb #672da068
+def _check_text(path: Path) -> int:
+    "The number of pieces between separators; `ValueError` for an empty file, bytes that are not UTF-8, or NUL bytes."
+    pieces, blank = 0, True
+    for offset, piece in read_pieces(path, END_OF_TEXT.encode()):
+        decode_utf8(piece, path, offset)
+        if 0 in piece: raise ValueError(f"{path} is no text: it has a NUL byte at offset {offset + piece.find(0):,}.")
+        pieces, blank = pieces + 1, blank and not piece.strip()
+    if blank: raise ValueError(f"{path} is empty: there is no text in it to learn from.")
+    return pieces
+
+# %% ../nbs/02_corpora.ipynb #b985023f
+def split_text_file(path: str | os.PathLike, directory: str | os.PathLike | None = None) -> Corpus:
+    """Split any UTF-8 text file into a corpus of two files in `directory` (default: `data_dir()`).
+
+    Held out is a tenth of the bytes: documents with the smallest hashes, or the end of a text without separators.
+    Raises `ValueError` for a file that is empty, not text, or has only one document.
+    """
+    path, folder = Path(path), data_dir() if directory is None else Path(directory)
+    pieces, digest = _check_text(path), describe_file(path)["sha256"]
+    train, valid = (folder / f"{path.stem}-{digest[:8]}-{side}.txt" for side in ("train", "valid"))
+    if not (train.is_file() and valid.is_file()):
+        sides = _sides(path, pieces)
+        with write_aside(train) as learnt, write_aside(valid) as held_out:
+            for offset, document, hold in sides:
+                if not offset: document = document.removeprefix(codecs.BOM_UTF8)
+                (held_out if hold else learnt).write(document.strip(b"\r\n") + f"\n{END_OF_TEXT}\n".encode())
+    return Corpus(path.stem, train, valid)
+
+# %% ../nbs/02_corpora.ipynb #7a733703
+HUB = "https://huggingface.co"
+OFFICIAL = {"tinystories": ("datasets/roneneldan/TinyStories/resolve/main", ""),  # folder on the hub, compression
+            "owt": ("datasets/stanford-cs336/owt-sample/resolve/main", ".gz")}
+
+
+@dataclass(frozen=True)
+class Announced:
+    "What a server says about a file: bytes as sent, version (ETag or date), published SHA-256; None where it says nothing."
+    size: int | None = None
+    version: str | None = None
+    sha256: str | None = None
+
+# %% ../nbs/02_corpora.ipynb #d7435c38
+def _announced(headers: dict[str, str]) -> Announced:
+    "What the headers (names in lower case) of an answer and of the redirects before it say about the file."
+    total = headers.get("content-range", "").rpartition("/")[2] or headers.get("content-length", "")
+    linked, size = headers.get("x-linked-size", ""), int(total) if total.isdigit() else None
+    if size is not None and linked.isdigit() and int(linked) != size:
+        raise OSError(f"the storage has {size:,} bytes of a file that should have {int(linked):,}")
+    etag, hash_ = headers.get("etag", ""), headers.get("x-linked-etag", "").strip('"').lower()
+    version = etag if etag.startswith('"') else headers.get("last-modified")
+    return Announced(size, version, hash_ if re.fullmatch("[0-9a-f]{64}", hash_) else None)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    "Follows redirects and remembers what each of them said about the file behind it."
+    def __init__(self): self.linked = {}
+
+    def redirect_request(self, request, answer, code, message, headers, new_url):
+        self.linked |= {k.lower(): v for k, v in headers.items() if k.lower().startswith("x-linked-")}
+        return super().redirect_request(request, answer, code, message, headers, new_url)
+
+# %% ../nbs/02_corpora.ipynb #8593a6e5
+class _Broken(OSError): "The connection failed; what has arrived is good."
+class _Damaged(OSError): "What has arrived is wrong, and more of it would not help."
+class _Changed(Exception): "What has arrived does not belong to what the server has now."
+
+
+@contextmanager
+def _network(url: str):
+    "Errors of the network as `_Broken`, `_Changed`, or an `OSError` that says what the server answered."
+    try: yield
+    except HTTPError as error:
+        error.close()
+        if error.code == 416: raise _Changed from None  # our part is longer than the file
+        kind = _Broken if error.code >= 500 or error.code in (408, 429) else OSError
+        raise kind(f"the server answers {error.code} {error.reason} for {url}") from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)  # urllib wraps what the socket said
+        said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        raise _Broken(f"{said} ({url})") from error
+
+# %% ../nbs/02_corpora.ipynb #d340b50c
+def _ask(url: str, start: int, known: Announced, timeout: float) -> tuple[http.client.HTTPResponse, Announced]:
+    "The server's answer to a request for the bytes from `start` on, and what it announces."
+    headers = {"User-Agent": "cs336_lm", "Accept-Encoding": "identity"}
+    if start and not (known.version or known.sha256): raise _Changed  # nothing to recognise the file by
+    if start: headers["Range"] = f"bytes={start}-"
+    if start and not known.sha256: headers["If-Range"] = known.version  # a hash is checked at the end, and says more
+    redirects = _Redirects()
+    opener, request = urllib.request.build_opener(redirects), urllib.request.Request(url, headers=headers)
+    with _network(url): answer = opener.open(request, timeout=timeout)
+    found = _announced({k.lower(): v for k, v in answer.headers.items()} | redirects.linked)
+    if answer.headers.get_content_type() == "text/html": raise OSError(f"{url} sends a web page instead of the file")
+    return answer, found
+
+# %% ../nbs/02_corpora.ipynb #1a9557e4
+def _continues(answer: http.client.HTTPResponse, found: Announced, known: Announced, start: int) -> bool:
+    "Whether the bytes of this answer belong behind the `start` bytes that we have."
+    in_place = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+    same = found.sha256 == known.sha256 if known.sha256 else found.version == known.version is not None
+    return in_place and same and found.size == known.size
+
+# %% ../nbs/02_corpora.ipynb #2b1c3b98
+def _request(url: str, start: int, state: Path, timeout: float) -> Iterator[bytes]:
+    "The bytes from `start` on, as far as one connection brings them; a first one stores what is announced in `state`."
+    known = _read_state(state)
+    answer, found = _ask(url, start, known, timeout)
+    with answer:
+        if start and not _continues(answer, found, known, start): raise _Changed
+        if not start: state.write_text(json.dumps(asdict(found)))
+        while True:
+            with _network(url): chunk = answer.read1(1 << 18)
+            if not chunk: break
+            start += len(chunk)
+            yield chunk
+    if found.size is not None and start < found.size:  # http.client takes an early end for an end
+        raise _Broken(f"the connection closed after {start:,} of {found.size:,} bytes ({url})")
+
+
+def _read_state(state: Path) -> Announced:
+    "What was announced for the part beside `state`; nothing if that is not there or damaged."
+    try: return Announced(**json.loads(state.read_text()))
+    except (OSError, ValueError, TypeError): return Announced()
+
+# %% ../nbs/02_corpora.ipynb #19844f9d
+@contextmanager
+def _alone(part: Path):
+    "`part` open for reading and appending, locked: two downloads of one file at a time would mix their bytes."
+    with open(part, "ab+") as file:
+        try: import fcntl
+        except ImportError: fcntl = None  # Windows
+        try:
+            if fcntl: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise OSError(f"another program is downloading it already, into {part}") from None
+        yield file
+
+# %% ../nbs/02_corpora.ipynb #56135193
+def _arriving(url: str, part: Path, state: Path, tries: int, pause: float, timeout: float) -> Iterator[bytes]:
+    "All bytes of the file at `url` in order, those in `part` first; `part` grows as they arrive."
+    with _alone(part) as file:
+        file.seek(0)
+        while chunk := file.read(1 << 18): yield chunk
+        failures, reached = 0, False
+        while not file.tell() or file.tell() != _read_state(state).size:
+            try:
+                for chunk in _request(url, file.tell(), state, timeout):
+                    failures, reached = 0, True
+                    file.write(chunk)
+                    yield chunk
+                return
+            except _Broken as error:
+                failures += 1
+                if failures >= tries or isinstance(error.__cause__, URLError) and not reached: raise
+                time.sleep(min(pause * 2 ** (failures - 1), 30))
+
+# %% ../nbs/02_corpora.ipynb #09a27b07
+def gunzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    "The inflated bytes of a gzip stream (one or more members) that comes in chunks; `OSError` if damaged or cut off."
+    member, begun = zlib.decompressobj(wbits=31), False  # 31: a gzip header and trailer
+    for data in chunks:
+        while data := data if begun else data.lstrip(b"\0"):  # zeros may pad the end of a member
+            try: yield member.decompress(data)
+            except zlib.error as error: raise _Damaged(f"the gzip data are damaged ({error})") from None
+            data, begun = member.unused_data, not member.eof
+            if member.eof: member = zlib.decompressobj(wbits=31)
+    if begun: raise _Damaged("the gzip data end in the middle of a member")
+
+# %% ../nbs/02_corpora.ipynb #78cd0f93
+def _verified(chunks: Iterable[bytes], state: Path) -> Iterator[bytes]:
+    "The same chunks; at their end `OSError` if their SHA-256 is not the published one."
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    expected = _read_state(state).sha256
+    if expected not in (None, digest.hexdigest()):
+        raise _Damaged(f"its SHA-256 is {digest.hexdigest()[:12]}... but {expected[:12]}... is published")
+
+# %% ../nbs/02_corpora.ipynb #7b5631a1
+def _with_bar(chunks: Iterable[bytes], name: str, part: Path, state: Path, show: bool) -> Iterator[bytes]:
+    "The same chunks with a progress bar; bytes from before this start count as done, but not for the rate."
+    from tqdm import tqdm
+    there, size = part.stat().st_size if part.exists() else 0, _read_state(state).size
+    with tqdm(total=size, initial=there, unit="B", unit_scale=True, desc=name, disable=not show) as bar:
+        for chunk in chunks:
+            there -= len(chunk)
+            if there < 0:
+                bar.total = bar.total or _read_state(state).size
+                bar.update(min(len(chunk), -there))
+            yield chunk
+
+# %% ../nbs/02_corpora.ipynb #99eadef9
+def _store(chunks: Iterator[bytes], path: Path, part: Path, compressed: bool) -> None:
+    "Bring the stream to `path`: inflated on the way, or by renaming the complete part."
+    if compressed:
+        with write_aside(path) as out:
+            for piece in gunzip(chunks): out.write(piece)
+    else:
+        for _ in chunks: pass
+        with open(part, "rb+") as file: os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_folder(path.parent)
+
+# %% ../nbs/02_corpora.ipynb #4686d298
+def _fetch_once(url: str, path: Path, part: Path, state: Path, show: bool, **network) -> None:
+    "One attempt from what lies in `part` to the finished file; damaged data are removed, all other parts are kept."
+    with closing(_arriving(url, part, state, **network)) as arriving:
+        chunks = _verified(_with_bar(arriving, path.name, part, state, show), state)
+        try: _store(chunks, path, part, url.endswith(".gz"))
+        except _Broken as error:
+            raise OSError(f"Cannot download {path.name}: {error}; check the network and run the same again to go on, "
+                          f"set CS336_DOWNLOAD_URL to a mirror, or put the file into {path.parent} yourself.") from error
+        except _Damaged as error:
+            part.unlink()
+            raise OSError(f"Cannot download {path.name} from {url}: {error}; what had arrived was removed.") from error
+        except OSError as error:
+            raise error if error.errno else OSError(f"Cannot download {path.name}: {error}.") from error
+
+# %% ../nbs/02_corpora.ipynb #c8c9e2c7
+def fetch_file(url: str, path: str | os.PathLike, *, progress: bool = True, tries: int = 5, pause: float = 1.0,
+               timeout: float = 30.0) -> dict:
+    """Download `url` to `path`, inflated if the address ends with .gz; goes on with what an earlier call left.
+
+    It gives up after `tries` failures in a row without a new byte, first `pause` seconds apart, then twice that, ...
+    Returns what could be checked: `{"bytes": as sent or None, "sha256": published hash or None}`. Raises `OSError`
+    in one sentence; the old file at `path`, if any, is then as it was.
+    """
+    path = _target(path)
+    part, state = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
+    for _ in range(tries):
+        try: _fetch_once(url, path, part, state, progress, tries=tries, pause=pause, timeout=timeout)
+        except _Changed: os.truncate(part, 0)
+        else: break
+    else: raise OSError(f"Cannot download {path.name}: {url} broke off {tries} times and cannot send the rest alone.")
+    checked = _read_state(state)
+    for leftover in (part, state): leftover.unlink(missing_ok=True)
+    return {"bytes": checked.size, "sha256": checked.sha256}
+
+# %% ../nbs/02_corpora.ipynb #9af9d3c5
+def download(name: str, directory: str | os.PathLike | None = None, base_url: str | None = None, **options) -> Corpus:
+    """Download an official corpus, "tinystories" or "owt", unless it is there, into `directory` (default `data_dir()`).
+
+    `base_url` (default: the environment variable `CS336_DOWNLOAD_URL`, else the Hugging Face hub) may name a mirror
+    with the hub's paths; `options` go to `fetch_file`. Raises `ValueError` for an unknown name, `OSError` in one
+    sentence where the file cannot be had.
+    """
+    if name not in OFFICIAL:
+        raise ValueError(f"There is no download called {name!r}; there are {' and '.join(OFFICIAL)}.")
+    folder = data_dir() if directory is None else Path(directory)
+    base = (base_url or os.environ.get("CS336_DOWNLOAD_URL") or HUB).rstrip("/")
+    where, suffix = OFFICIAL[name]
+    for file in reversed(FILES[name]):  # the small one first: what is wrong shows soon
+        if not (folder / file).is_file(): fetch_file(f"{base}/{where}/{file}{suffix}", folder / file, **options)
+    return _named_corpus(name, folder)
+
+# %% ../nbs/02_corpora.ipynb #9cdb78b8
+def corpus_names() -> list[str]:
+    "The names that `find_corpus` knows."
+    return [*GENERATED, *FILES]
+
+
+def find_corpus(name_or_path: str | os.PathLike, directory: str | os.PathLike | None = None) -> Corpus:
+    """The corpus of this name, or any UTF-8 text file with a tenth of it held out (`split_text_file`).
+
+    `directory` (default `data_dir()`) is where files are looked for and written. Raises `FileNotFoundError` with the
+    remedy, and `ValueError` for a file that is no text.
+    """
+    name, folder = os.fspath(name_or_path), data_dir() if directory is None else Path(directory)
+    if name in GENERATED: return GENERATED[name](folder)
+    if name in FILES: return _named_corpus(name, folder)
+    path = next((p for p in (Path(name), folder / name) if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"There is no corpus and no text file {name!r} here or in {folder}. "
+                                f"Known corpora: {', '.join(corpus_names())}.")
+    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder; name a text file in it.")
+    return split_text_file(path, folder)
