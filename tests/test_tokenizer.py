@@ -1,0 +1,356 @@
+"""Chapter 5: encoding and decoding, streams, files, against `tiktoken`, `tokenizers` and `transformers`, and by faults."""
+import json
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from cs336_lm import tokenizer as chapter
+from cs336_lm.bpe import train_bpe_from_counts
+from cs336_lm.pretokenization import PATTERN, pretokenize
+from cs336_lm.tokenizer import (BYTE_TO_CHAR, Tokenizer, merge_by_rank, merge_in_order, merge_with_heap, settled_parts,
+                                text_to_token, token_to_text)
+
+END = "<|endoftext|>"
+SAMPLE = """Once upon a time, there was a little fox who couldn't sleep. "You'll see," said the owl, "we've got all night!"
+The fox didn't see. It's 1999, or 2024; they'd walk 12 miles, and I'm told they're walking still.
+
+  The moon (a thin, thin moon) rose over the hills -- café, naïve, 東京, 你好, 🙂🙂 ...\tand\r\n\r\nthat was that.
+""" * 3
+counts = Counter(word.encode() for word in pretokenize(SAMPLE))
+VOCAB, MERGES = train_bpe_from_counts(counts, 256 + 150 + 1, [END])
+plain = Tokenizer(VOCAB, MERGES, [END])
+SPECIALS = [END, "<|a|>", "<|a|><|b|>", "|><", "aba", "ab", "'l", " \n", "é"]
+nested = Tokenizer(VOCAB, MERGES, SPECIALS)
+quick = settings(deadline=None, max_examples=150)
+# Text that hits the dangerous places often: apostrophes, white space, parts of special tokens, several bytes a character.
+fragments = st.sampled_from([*SPECIALS, "<|", "|>", "<|endof", "'", "l", "ll", "'ll", "'ve", "'v", "re", " ", "  ", "\n", "\r\n",
+                             "\t", "\u00a0", "a", "b", "the", " the", "12", "!", "?!", "é", "🙂", "你好", "\x00", "\u0301", "ǅ"])
+tricky = st.lists(st.one_of(fragments, st.text(max_size=3)), max_size=25).map("".join)
+
+
+@st.composite
+def text_and_pieces(draw):
+    "A text and the same text cut at arbitrary places, empty pieces among them."
+    text = draw(tricky)
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    return text, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+
+
+# ---- encoding and decoding
+
+def test_the_handouts_example():
+    vocab = dict(enumerate([b" ", b"a", b"c", b"e", b"h", b"t", b"th", b" c", b" a", b"the", b" at"]))
+    merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
+    tokenizer = Tokenizer(vocab, merges)
+    assert tokenizer.encode("the cat ate") == [9, 7, 1, 5, 10, 3]
+    assert tokenizer.decode([9, 7, 1, 5, 10, 3]) == "the cat ate"
+    with pytest.raises(ValueError, match="b'x'"): tokenizer.encode("the x")
+
+
+@quick
+@given(st.one_of(tricky, st.text()))
+def test_round_trip(text):
+    for tokenizer in (plain, nested): assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@quick
+@given(tricky)
+def test_by_the_definition(text):
+    "Ids from nothing but `split` on the special tokens, the pattern, and the merges replayed in order."
+    ids = []
+    for number, part in enumerate(text.split(END)):
+        if number: ids.append(plain.token_to_id(END))
+        for word in pretokenize(part): ids += [plain.token_to_id(token) for token in merge_in_order(word.encode(), MERGES)]
+    assert plain.encode(text) == ids
+
+
+@quick
+@given(st.binary(max_size=40).map(lambda data: bytes(b"ab c"[byte % 4] for byte in data)), st.integers(0, 2**32 - 1))
+def test_three_ways_to_merge(word, seed):
+    rng = np.random.default_rng(seed)
+    _, merges = train_bpe_from_counts(Counter(bytes(rng.choice(list(b"ab c"), size=9).tolist()) for _ in range(12)), 256 + 25, [])
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    assert merge_in_order(word, merges) == merge_by_rank(word, ranks) == merge_with_heap(word, ranks)
+
+
+@quick
+@given(st.text(alphabet="ab", max_size=40), st.permutations(range(12)))
+def test_merges_in_any_order_agree_between_scan_and_heap(text, order):
+    pairs = [(a.encode(), b.encode()) for a in ("a", "b", "ab", "aa") for b in ("a", "b", "ba")]
+    ranks = {pairs[k]: rank for rank, k in enumerate(order)}
+    assert merge_by_rank(text.encode(), ranks) == merge_with_heap(text.encode(), ranks)
+
+
+def test_special_tokens_longest_wins_and_missing_ones_are_appended():
+    tokenizer = Tokenizer(VOCAB, MERGES, [END, "<|a|>", "<|a|><|b|>"])
+    a, ab = len(VOCAB), len(VOCAB) + 1
+    assert tokenizer.token_to_id(END) == len(VOCAB) - 1 and tokenizer.vocab_size == len(VOCAB) + 2
+    assert tokenizer.encode("<|a|><|b|><|a|>") == [ab, a] and tokenizer.vocab[ab] == b"<|a|><|b|>"
+    assert tokenizer.encode(END + END) == [len(VOCAB) - 1] * 2
+    assert VOCAB == dict(tokenizer.vocab.items() - {(a, b"<|a|>"), (ab, b"<|a|><|b|>")})  # the caller's is as it was
+    assert len(Tokenizer(VOCAB, MERGES).encode(END)) > 1  # not named, so ordinary text
+    assert Tokenizer(VOCAB, MERGES, ["a"]).encode("a") == [ord("a")]
+    assert Tokenizer({0: b"a", 5: b"b"}, [], ["<s>"]).vocab_size == 7
+
+
+def test_decode_malformed_bytes_and_foreign_ids():
+    e_acute = [plain.token_to_id(bytes([byte])) for byte in "é".encode()]
+    assert plain.decode(e_acute) == "é" and plain.decode(e_acute[:1]) == "\ufffd" and plain.decode(e_acute[1:] + [97]) == "\ufffda"
+    assert plain.decode([]) == "" and plain.decode(np.array(plain.encode("a fox"), dtype=np.uint16)) == "a fox"
+    assert plain.decode(iter(plain.encode("a fox"))) == "a fox"
+    for bad in (len(VOCAB), -1, 10**9):
+        with pytest.raises(ValueError, match=f"Id {bad} "): plain.decode([1, bad])
+
+
+@quick
+@given(st.lists(st.integers(0, 256 + 100), max_size=30))
+def test_any_ids_decode_and_invalid_bytes_give_replacement_characters(ids):
+    assert plain.decode(ids) == b"".join(VOCAB[id] for id in ids).decode("utf-8", errors="replace")
+
+
+def test_cache_stays_bounded_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr(chapter, "CACHE_ENTRIES", 10)
+    small = Tokenizer(VOCAB, MERGES, [END])
+    text = " ".join(f"word{i % 37}" for i in range(300)) + " " + "x" * 5000
+    assert small.encode(text) == plain.encode(text) and len(small._cache) <= 10
+    assert all(len(word) <= chapter.CACHE_CHARS for word in small._cache)
+
+
+# ---- streams
+
+@settings(deadline=None, max_examples=400)
+@given(text_and_pieces(), st.integers(1, 9))
+def test_pieces_change_nothing(case, block_chars):
+    text, pieces = case
+    for tokenizer in (plain, nested):
+        assert list(tokenizer.encode_iterable(pieces, block_chars=block_chars)) == tokenizer.encode(text)
+
+
+@quick
+@given(tricky, tricky)
+def test_settled_parts_hold_for_every_continuation(text, rest):
+    settled, held = settled_parts(text, SPECIALS, nested._beginnings)
+    assert "".join(part for part, _ in settled) + held == text
+    assert list(chapter.text_parts(text + rest, SPECIALS))[:len(settled)] == settled
+
+
+@pytest.mark.parametrize("text", ["you'll", "they've", "we're", "a  \n\n b", "a <|endoftext|> b", "<|a|><|b|>", "<|a|><|", "\n\n\nb", "🙂'", "x "])
+def test_every_single_cut(text):
+    for cut in range(len(text) + 1):
+        assert list(nested.encode_iterable([text[:cut], text[cut:]], block_chars=1)) == nested.encode(text)
+    assert list(nested.encode_iterable(text, block_chars=1)) == list(nested.encode_iterable(iter([text]))) == nested.encode(text)
+
+
+@pytest.mark.parametrize("unit", ["a", "ab", "=", "你", " ", "\n", "<|endof", "<|a|>", "'l", "'"])
+def test_long_pieces_without_a_break(unit):
+    text = unit * (60_000 // len(unit)) + "x y"
+    whole = nested.encode(text)
+    assert nested.decode(whole) == text
+    assert list(nested.encode_iterable([text])) == whole
+    assert list(nested.encode_iterable(text)) == whole  # one character a piece
+
+
+def test_stream_is_lazy():
+    def endless():
+        while True: yield "all work and no play "
+    stream = plain.encode_iterable(endless())
+    assert plain.decode([next(stream) for _ in range(1000)]).startswith("all work and no play all work")
+    assert list(plain.encode_iterable([])) == list(plain.encode_iterable(["", ""])) == []
+
+
+MEMORY_PROGRAM = """
+    import resource, sys
+    from cs336_lm.tokenizer import Tokenizer
+    tokenizer = Tokenizer.load(sys.argv[1])
+    count = total = 0
+    with open(sys.argv[2], encoding="utf-8") as file, open("/proc/self/statm") as statm:
+        resident = int(statm.read().split()[1]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (resident + 1_000_000, -1))
+        for id in tokenizer.encode_iterable(file) if sys.argv[3] == "stream" else tokenizer.encode(file.read()):
+            count += 1
+            total += id
+    print(count, total)
+"""
+
+
+def run_with_little_memory(folder, text, how):
+    plain.save(folder / "tokenizer")
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    arguments = [sys.executable, "-c", textwrap.dedent(MEMORY_PROGRAM), folder / "tokenizer", folder / "text.txt", how]
+    return subprocess.run(arguments, capture_output=True, text=True)
+
+
+def random_lines(pool, rng):
+    return "".join(" ".join(f"w{n:x}" for n in rng.integers(pool, size=12)) + "\n" for _ in range(8_000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_AS")
+@pytest.mark.parametrize("pool", [500, 10**7], ids=["few words", "ever new words"])
+def test_streaming_needs_no_new_memory(tmp_path, pool):
+    "With the address space limited to what is resident and 1 MB more, which is less than what is mapped already."
+    text = random_lines(pool, np.random.default_rng(0))
+    done, ids = run_with_little_memory(tmp_path, text, "stream"), plain.encode(text)
+    assert done.stdout.split() == [str(len(ids)), str(sum(ids))], done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_AS")
+def test_the_memory_limit_bites(tmp_path):
+    done = run_with_little_memory(tmp_path, random_lines(500, np.random.default_rng(0)), "at once")
+    assert done.returncode and "MemoryError" in done.stderr
+
+
+# ---- files and peers
+
+def test_byte_mapping_is_gpt2s():
+    assert len(set(BYTE_TO_CHAR.values())) == 256
+    assert token_to_text(b" the\n\x00\xad\xff") == "ĠtheĊĀŃÿ" and text_to_token("ĠtheĊĀŃÿ") == b" the\n\x00\xad\xff"
+    transformers_table = pytest.importorskip("transformers.convert_slow_tokenizer").bytes_to_unicode()
+    assert transformers_table == BYTE_TO_CHAR
+
+
+@pytest.mark.parametrize("tokenizer", [plain, nested], ids=["plain", "nested"])
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer = Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, trained_on="a fox")
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.vocab, loaded.merges, loaded.special_tokens) == (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
+    assert loaded.trained_on == "a fox" and loaded.sha256 == tokenizer.sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "meta.json", "special_tokens.json", "vocab.json"]
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").startswith("#version: 0.2\n")
+    other = Tokenizer.from_files(tmp_path / "vocab.json", str(tmp_path / "merges.txt"), [END])
+    assert other.encode(SAMPLE + END) == plain.encode(SAMPLE + END)
+
+
+def test_files_of_others_load(tmp_path):
+    "Windows line ends, no version line, a part that begins with #, a special token written as it is, ids in any order."
+    order = [0, 300, *range(1, 256), 257, 256]
+    tokens = [*(bytes([byte]) for byte in range(256)), b"##", b"th", "<|im début|>".encode()]
+    names = [*map(token_to_text, tokens[:-1]), "<|im début|>"]
+    (tmp_path / "v.json").write_text(json.dumps(dict(zip(names, order))), encoding="ascii")
+    (tmp_path / "m.txt").write_bytes(b"# #\r\nt h\r\n\r\n")
+    tokenizer = Tokenizer.from_files(tmp_path / "v.json", tmp_path / "m.txt", ["<|im début|>"])
+    assert tokenizer.vocab == dict(zip(order, tokens)) and tokenizer.merges == [(b"#", b"#"), (b"t", b"h")]
+    assert tokenizer.vocab_size == 301 and len(tokenizer.vocab) == 259
+
+
+def test_hash_names_what_the_tokenizer_does():
+    same = Tokenizer(dict(reversed(VOCAB.items())), iter(MERGES), [END], trained_on="elsewhere")
+    assert same.sha256 == plain.sha256 and len(plain.sha256) == 64
+    others = [Tokenizer(VOCAB, MERGES[:-1], [END]), Tokenizer(VOCAB, MERGES), nested,
+              Tokenizer({id + 1: token for id, token in VOCAB.items()}, MERGES, [END])]
+    assert len({tokenizer.sha256 for tokenizer in [plain, *others]}) == 5
+
+
+@quick
+@given(tricky)
+def test_against_tiktoken(text):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {token: id for id, token in VOCAB.items() if token != END.encode()}
+    encoding = tiktoken.Encoding("ours", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(VOCAB) - 1})
+    assert encoding.encode(text, allowed_special="all") == plain.encode(text)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    plain.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hf(saved):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer(str(saved / "vocab.json"), str(saved / "merges.txt"))
+    theirs.add_special_tokens([END])
+    return theirs
+
+
+@quick
+@given(tricky)
+def test_against_tokenizers(hf, text):
+    assert hf.encode(text).ids == plain.encode(text)
+
+
+def test_against_transformers(saved):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2Tokenizer.from_pretrained(str(saved))
+    text = f"{END}{SAMPLE}{END} café"
+    assert theirs.encode(text) == plain.encode(text)
+    assert len(theirs) == plain.vocab_size and theirs.eos_token_id == plain.token_to_id(END)
+
+
+def test_loading_what_tokenizers_trained(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([SAMPLE], vocab_size=350, min_frequency=1, special_tokens=[END], show_progress=False)
+    theirs.save_model(str(tmp_path))
+    assert Tokenizer.load(tmp_path).encode(SAMPLE) == theirs.encode(SAMPLE).ids
+    ours = Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", [END])
+    assert ours.encode(SAMPLE + END) == theirs.encode(SAMPLE + END).ids
+
+
+# ---- faults
+
+def damage(folder, name, change):
+    plain.save(folder)
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("vocab.json", lambda data: data[:len(data) // 2], "line 1: damaged JSON"),
+    ("vocab.json", lambda data: b"", "line 1: damaged JSON"),
+    ("vocab.json", lambda data: b"{\n" + data[1:50] + b"\xff\n", "line 2: damaged JSON .not UTF-8"),
+    ("vocab.json", lambda data: b'["a"]', "one JSON object"),
+    ("vocab.json", lambda data: data.replace(b": 65,", b': "65",'), "one JSON object"),
+    ("vocab.json", lambda data: data.replace(b'"A": 65, ', b""), "byte b'A' .'A'. is missing, 1 of 256"),
+    ("vocab.json", lambda data: data.replace(b": 65,", b": 66,"), "id 66 has two tokens"),
+    ("vocab.json", lambda data: data.replace(b'"A": 65', b'"A": 65, "A": 9999'), "'A' stands there twice"),
+    ("merges.txt", lambda data: data + "x Ġzzz\n".encode(), f"line {len(MERGES) + 2}: merge .* b' zzz' is not in the vocabulary"),
+    ("merges.txt", lambda data: data + b"q q\n", f"line {len(MERGES) + 2}: merge .* b'qq' is not in the vocabulary"),
+    ("merges.txt", lambda data: data.rstrip().rsplit(b" ", 1)[0], f"line {len(MERGES) + 1}: .* not two tokens"),
+    ("merges.txt", lambda data: b"#version: 0.2\n\xff \xfe\n", "line 2: not UTF-8"),
+    ("special_tokens.json", lambda data: b'["<|endof', "line 1: damaged JSON"),
+    ("special_tokens.json", lambda data: b'{"a": 1}', "JSON list"),
+    ("special_tokens.json", lambda data: b'[""]', "none of them empty"),
+    ("meta.json", lambda data: data.replace(b'"sha256": "', b'"sha256": "0'), "do not fit together"),
+])
+def test_damaged_files(tmp_path, name, change, message):
+    path = damage(tmp_path, name, change)
+    with pytest.raises(ValueError, match=message) as caught: Tokenizer.load(tmp_path)
+    assert (path.name in str(caught.value)), caught.value
+
+
+def test_missing_files(tmp_path):
+    plain.save(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="merges.txt is missing"): Tokenizer.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"): Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="merges.txt"): Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError): plain.save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("vocab, merges, specials, message", [
+    ({b"a": 0}, [], None, "maps ids"),
+    ({0: "a"}, [], None, "maps ids"),
+    ({-1: b"a"}, [], None, "maps ids"),
+    ({0: b"a", 1: b"a"}, [], None, "b'a' twice, as ids 0 and 1"),
+    ({0: b"a", 1: b"b"}, [(b"a", b"b")], None, "b'ab' is not in the vocabulary"),
+    ({0: b"a", 1: b"ab"}, [(b"a", b"b")], None, "b'b' is not in the vocabulary"),
+    ({0: b"a"}, [], [""], "special token"),
+    ({0: b"a"}, [], END, "list of strings"),
+])
+def test_parts_that_do_not_fit(vocab, merges, specials, message):
+    with pytest.raises(ValueError, match=message): Tokenizer(vocab, merges, specials)
+
+
+def test_bad_text_and_tokens():
+    with pytest.raises(ValueError, match="U.D800"): plain.encode("a\ud800")
+    with pytest.raises(ValueError, match="'nonsense' is not a token"): plain.token_to_id("nonsense")
