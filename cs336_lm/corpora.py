@@ -139,7 +139,7 @@ def _join_parts(train: Path) -> None:
                 if (m := re.fullmatch(re.escape(train.stem) + r"_(\d+)", p.stem))}
     if not numbered: return
     if sorted(numbered) != list(range(len(numbered))):
-        raise FileNotFoundError(f"{train.parent} has only the parts {sorted(numbered)} of {train.name}; copy the rest too.")
+        raise FileNotFoundError(f"{train.parent} has of {train.name} only the parts {sorted(numbered)}; copy the rest.")
     with write_aside(train) as out:
         for _, part in sorted(numbered.items()):
             with open(part, "rb") as file: shutil.copyfileobj(file, out, 1 << 20)
@@ -250,7 +250,7 @@ OFFICIAL = {"tinystories": ("datasets/roneneldan/TinyStories/resolve/main", ""),
 
 @dataclass(frozen=True)
 class Announced:
-    "What a server says about a file: bytes as sent, version (ETag or date), published SHA-256; None where it says nothing."
+    "What a server says about a file: bytes as sent, version (ETag or date), published SHA-256; None: it does not say."
     size: int | None = None
     version: str | None = None
     sha256: str | None = None
@@ -314,7 +314,7 @@ def _continues(answer: http.client.HTTPResponse, found: Announced, known: Announ
     "Whether the bytes of this answer belong behind the `start` bytes that we have."
     in_place = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
     same = found.sha256 == known.sha256 if known.sha256 else found.version == known.version is not None
-    return in_place and same and found.size == known.size
+    return in_place and same and known.size in (None, found.size)
 
 # %% ../nbs/02_corpora.ipynb #2b1c3b98
 def _request(url: str, start: int, state: Path, timeout: float) -> Iterator[bytes]:
@@ -425,7 +425,7 @@ def _fetch_once(url: str, path: Path, part: Path, state: Path, show: bool, **net
         try: _store(chunks, path, part, url.endswith(".gz"))
         except _Broken as error:
             raise OSError(f"Cannot download {path.name}: {error}; check the network and run the same again to go on, "
-                          f"set CS336_DOWNLOAD_URL to a mirror, or put the file into {path.parent} yourself.") from error
+                          f"set CS336_DOWNLOAD_URL to a mirror, or put the file into {path.parent}.") from error
         except _Damaged as error:
             part.unlink()
             raise OSError(f"Cannot download {path.name} from {url}: {error}; what had arrived was removed.") from error
