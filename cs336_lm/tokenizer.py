@@ -15,10 +15,10 @@ from .corpora import write_aside
 from .pretokenization import check_special_tokens, pretokenize, split_special
 
 # %% auto #0
-__all__ = ['BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'CACHE_ENTRIES', 'CACHE_CHARS', 'LONG_PRETOKEN', 'merge_in_order', 'merge_by_rank',
-           'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials', 'join_tokens', 'open_places',
-           'text_parts', 'settled_parts', 'cut_pieces', 'byte_to_unicode', 'token_to_text', 'text_to_token',
-           'read_json', 'read_vocab', 'read_merges', 'remember', 'Tokenizer', 'encode_utf8', 'look_up',
+__all__ = ['CACHE_ENTRIES', 'CACHE_CHARS', 'LONG_PRETOKEN', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'merge_in_order', 'merge_by_rank',
+           'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials', 'join_tokens', 'text_parts', 'remember',
+           'encode_utf8', 'look_up', 'ByteLevelBPE', 'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces',
+           'byte_to_unicode', 'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'Tokenizer',
            'save_tokenizer', 'read_specials', 'load_tokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #1fe35062
@@ -103,18 +103,109 @@ def join_tokens(vocab: Mapping[int, bytes], ids: Iterable[int]) -> bytes:
         raise ValueError(f"Id {bad} is not in the vocabulary, whose ids run from {min(vocab, default=0)} to "
                          f"{max(vocab, default=0)}: the ids come from another tokenizer.") from None
 
-# %% ../nbs/05_tokenizer.ipynb #e17683fa
-def open_places(text: str, beginnings: frozenset[str]) -> list[int]:
-    "Where `text` may end inside a special token; `beginnings` are the proper beginnings of all special tokens."
-    longest = max(map(len, beginnings), default=0)
-    return [i for i in range(max(0, len(text) - longest), len(text)) if text[i:] in beginnings]
-
 # %% ../nbs/05_tokenizer.ipynb #7fb19763
 def text_parts(text: str, special_tokens: Sequence[str]) -> Iterator[tuple[str, bool]]:
     "The pre-tokens and special tokens of a whole text in order, each with whether it is a special token."
     for part, is_special in split_special(text, special_tokens):
         if is_special: yield part, True
         else: yield from ((word, False) for word in pretokenize(part))
+
+# %% ../nbs/05_tokenizer.ipynb #cb7e2bea
+CACHE_ENTRIES = 1 << 16  # at most about 20 MB
+CACHE_CHARS = 48  # longer pre-tokens hardly ever come twice
+LONG_PRETOKEN = 96  # bytes; from here on the heap beats the scan
+
+
+def remember(cache: dict[str, list[int]], pretoken: str, ids: list[int]) -> None:
+    "Put a short pre-token into a bounded cache. Where memory is short the cache is emptied instead."
+    if len(pretoken) > CACHE_CHARS: return
+    try:
+        if len(cache) >= CACHE_ENTRIES: cache.clear()
+        cache[pretoken] = ids
+    except MemoryError: cache.clear()
+
+# %% ../nbs/05_tokenizer.ipynb #f802e16a
+def encode_utf8(text: str) -> bytes:
+    "UTF-8 bytes; `ValueError` for half of a surrogate pair, which no valid text holds."
+    try: return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The text holds the lone surrogate U+{ord(text[error.start]):04X}, which is no character. "
+                         f"Read the file as UTF-8 with errors='replace', or repair the text.") from None
+
+
+def look_up(tokens: Sequence[bytes], ids: Mapping[bytes, int]) -> list[int]:
+    "The ids of tokens; `ValueError` naming the first that the vocabulary lacks (it can only be a single byte)."
+    try: return [ids[token] for token in tokens]
+    except KeyError as error:
+        raise ValueError(f"The byte {error.args[0]!r} is not in the vocabulary: it does not hold all 256.") from None
+
+# %% ../nbs/05_tokenizer.ipynb #7c71b7f8
+class ByteLevelBPE:
+    "Text to ids and back; `Tokenizer` adds streams and files."
+
+    def __init__(self, vocab: Mapping[int, bytes], merges: Iterable[tuple[bytes, bytes]],
+                 special_tokens: Iterable[str] | None = None, *, trained_on: str | None = None):
+        self.vocab: dict[int, bytes] = dict(vocab)
+        self.merges = [(left, right) for left, right in merges]
+        self.special_tokens = list(dict.fromkeys(check_special_tokens(special_tokens or ())))
+        self.trained_on = trained_on
+        self._ids = invert_vocab(self.vocab)
+        append_specials(self.vocab, self._ids, self.special_tokens)
+        for left, right in self.merges: check_merge(left, right, self._ids)
+        self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        "The ids of a text. Raises `ValueError` for a byte that the vocabulary lacks and for lone surrogates."
+        return self._ids_of(text_parts(text, self.special_tokens))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        "The text of these ids, U+FFFD for malformed bytes; `ValueError` naming an id that the vocabulary lacks."
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        "The bytes of these ids, which may end inside a character; `ValueError` naming an unknown id."
+        return join_tokens(self.vocab, ids)
+
+    def token_to_id(self, token: bytes | str) -> int:
+        "The id of one token; `ValueError` if the vocabulary lacks it."
+        id = self._ids.get(token.encode() if isinstance(token, str) else token)
+        if id is None: raise ValueError(f"{token!r} is not a token of this vocabulary of {len(self.vocab):,} entries.")
+        return id
+
+    @property
+    def vocab_size(self) -> int:
+        "The largest id + 1: the rows that an embedding needs, and the number of entries unless ids are left out."
+        return max(self.vocab, default=-1) + 1
+
+    def _ids_of(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        ids: list[int] = []
+        for part, is_special in parts:
+            if is_special: ids.append(self._ids[part.encode()])
+            else: ids.extend(self._cache.get(part) or self._encode_pretoken(part))
+        return ids
+
+    def _encode_pretoken(self, pretoken: str) -> list[int]:
+        data = encode_utf8(pretoken)
+        merge = merge_by_rank if len(data) < LONG_PRETOKEN else merge_with_heap
+        ids = look_up(merge(data, self._ranks), self._ids)
+        remember(self._cache, pretoken, ids)
+        return ids
+
+    def __repr__(self) -> str:
+        return (f"{type(self).__name__}({len(self.vocab):,} entries, {len(self.merges):,} merges, "
+                f"special tokens {self.special_tokens}, trained on {self.trained_on or 'an unnamed text'})")
+
+# %% ../nbs/05_tokenizer.ipynb #e17683fa
+def proper_beginnings(special_tokens: Iterable[str]) -> frozenset[str]:
+    "All that special tokens can begin with, short of being whole."
+    return frozenset(token[:k] for token in special_tokens for k in range(1, len(token)))
+
+
+def open_places(text: str, beginnings: frozenset[str]) -> list[int]:
+    "Where `text` may end inside a special token, of which `beginnings` are the proper beginnings."
+    longest = max(map(len, beginnings), default=0)
+    return [i for i in range(max(0, len(text) - longest), len(text)) if text[i:] in beginnings]
 
 # %% ../nbs/05_tokenizer.ipynb #d7d07a04
 def settled_parts(text: str, special_tokens: Sequence[str],
@@ -211,22 +302,8 @@ def read_merges(path: str | os.PathLike, ids: Mapping[bytes, int]) -> list[tuple
         merges.append((left, right))
     return merges
 
-# %% ../nbs/05_tokenizer.ipynb #cb7e2bea
-CACHE_ENTRIES = 1 << 16  # at most about 20 MB
-CACHE_CHARS = 48  # longer pre-tokens hardly ever come twice
-LONG_PRETOKEN = 96  # bytes; from here on the heap beats the scan
-
-
-def remember(cache: dict[str, list[int]], pretoken: str, ids: list[int]) -> None:
-    "Put a short pre-token into a bounded cache. Where memory is short the cache is emptied instead."
-    if len(pretoken) > CACHE_CHARS: return
-    try:
-        if len(cache) >= CACHE_ENTRIES: cache.clear()
-        cache[pretoken] = ids
-    except MemoryError: cache.clear()
-
-# %% ../nbs/05_tokenizer.ipynb #0d756bc4
-class Tokenizer:
+# %% ../nbs/05_tokenizer.ipynb #4ddf27ea
+class Tokenizer(ByteLevelBPE):
     """Byte-level BPE as GPT-2 has it: text to ids and back (handout problem `tokenizer`).
 
     `vocab` maps ids to bytes, `merges` are pairs of bytes in the order they were learned, `special_tokens` are strings
@@ -235,57 +312,21 @@ class Tokenizer:
     Raises `ValueError` where vocabulary, merges and special tokens do not fit together.
     """
 
-    def __init__(self, vocab: Mapping[int, bytes], merges: Iterable[tuple[bytes, bytes]],
-                 special_tokens: Iterable[str] | None = None, *, trained_on: str | None = None):
-        self.vocab: dict[int, bytes] = dict(vocab)
-        self.merges = [(left, right) for left, right in merges]
-        self.special_tokens = list(dict.fromkeys(check_special_tokens(special_tokens or ())))
-        self.trained_on = trained_on
-        self._ids = invert_vocab(self.vocab)
-        append_specials(self.vocab, self._ids, self.special_tokens)
-        for left, right in self.merges: check_merge(left, right, self._ids)
-        self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
-        self._beginnings = frozenset(s[:k] for s in self.special_tokens for k in range(1, len(s)))
-        self._cache: dict[str, list[int]] = {}
-
-    def encode(self, text: str) -> list[int]:
-        "The ids of a text. Raises `ValueError` for a byte that the vocabulary lacks and for lone surrogates."
-        return self._ids_of(text_parts(text, self.special_tokens))
-
     def encode_iterable(self, pieces: Iterable[str], *, block_chars: int = 4096) -> Iterator[int]:
         """The ids of the joined pieces, one by one and in constant memory, wherever the pieces end.
 
         Ids come once about `block_chars` characters of text are together. Memory grows only with the longest
-        pre-token, since an id of it cannot be known before its end.
+        pre-token, since no id of it can be known before its end.
         """
-        held, waiting, size = "", [], 0
+        held, waiting, size, beginnings = "", [], 0, proper_beginnings(self.special_tokens)
         for piece in cut_pieces(pieces, block_chars):
             waiting.append(piece)
             size += len(piece)
             if size < max(block_chars, len(held)): continue
-            parts, held = settled_parts(held + "".join(waiting), self.special_tokens, self._beginnings)
+            parts, held = settled_parts(held + "".join(waiting), self.special_tokens, beginnings)
             waiting, size = [], 0
             yield from self._ids_of(parts)
         yield from self.encode(held + "".join(waiting))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        "The text of these ids, U+FFFD for malformed bytes; `ValueError` naming an id that the vocabulary lacks."
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        "The bytes of these ids, which may end inside a character; `ValueError` naming an unknown id."
-        return join_tokens(self.vocab, ids)
-
-    def token_to_id(self, token: bytes | str) -> int:
-        "The id of one token; `ValueError` if the vocabulary lacks it."
-        id = self._ids.get(token.encode() if isinstance(token, str) else token)
-        if id is None: raise ValueError(f"{token!r} is not a token of this vocabulary of {len(self.vocab):,} entries.")
-        return id
-
-    @property
-    def vocab_size(self) -> int:
-        "The number of rows that an embedding needs: the largest id + 1, which is the number of entries unless ids are left out."
-        return max(self.vocab, default=-1) + 1
 
     @cached_property
     def sha256(self) -> str:
@@ -303,7 +344,7 @@ class Tokenizer:
         Raises `FileNotFoundError`, and `ValueError` naming file and line where one is damaged.
         """
         vocab = read_vocab(vocab_path)
-        return cls(vocab, read_merges(merges_path, {token: id for id, token in vocab.items()}), special_tokens)
+        return cls(vocab, read_merges(merges_path, invert_vocab(vocab)), special_tokens)
 
     def save(self, directory: str | os.PathLike) -> None:
         "Write `vocab.json`, `merges.txt`, `special_tokens.json` and `meta.json`, each whole or not at all."
@@ -313,39 +354,6 @@ class Tokenizer:
     def load(cls, directory: str | os.PathLike) -> Tokenizer:
         "What `save` wrote, or a folder with GPT-2's two files; `FileNotFoundError` or `ValueError` naming the file."
         return load_tokenizer(cls, Path(directory))
-
-    def _ids_of(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
-        ids: list[int] = []
-        for part, is_special in parts:
-            if is_special: ids.append(self._ids[part.encode()])
-            else: ids.extend(self._cache.get(part) or self._encode_pretoken(part))
-        return ids
-
-    def _encode_pretoken(self, pretoken: str) -> list[int]:
-        data = encode_utf8(pretoken)
-        merge = merge_by_rank if len(data) < LONG_PRETOKEN else merge_with_heap
-        ids = look_up(merge(data, self._ranks), self._ids)
-        remember(self._cache, pretoken, ids)
-        return ids
-
-    def __repr__(self) -> str:
-        return (f"Tokenizer({len(self.vocab):,} entries, {len(self.merges):,} merges, "
-                f"special tokens {self.special_tokens}, trained on {self.trained_on or 'an unnamed text'})")
-
-# %% ../nbs/05_tokenizer.ipynb #f802e16a
-def encode_utf8(text: str) -> bytes:
-    "UTF-8 bytes; `ValueError` for half of a surrogate pair, which no valid text holds."
-    try: return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"The text holds the lone surrogate U+{ord(text[error.start]):04X}, which is no character. "
-                         f"Read the file as UTF-8 with errors='replace', or repair the text.") from None
-
-
-def look_up(tokens: Sequence[bytes], ids: Mapping[bytes, int]) -> list[int]:
-    "The ids of tokens; `ValueError` naming the first that the vocabulary lacks (it can only be a single byte)."
-    try: return [ids[token] for token in tokens]
-    except KeyError as error:
-        raise ValueError(f"The byte {error.args[0]!r} is not in the vocabulary: it does not hold all 256.") from None
 
 # %% ../nbs/05_tokenizer.ipynb #0ba870ce
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
