@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['truncated_normal_', 'Linear', 'take_rows', 'Embedding', 'RMSNorm', 'silu', 'swiglu_d_ff', 'matched_silu_d_ff',
-           'SwiGLU', 'SiLUFeedForward', 'softmax', 'rope_angles', 'rotate_pairs', 'RotaryPositionalEmbedding',
-           'scaled_dot_product_attention', 'split_heads', 'join_heads', 'causal_mask', 'causal_attention',
-           'KeyValueCache', 'CausalMultiHeadSelfAttention']
+           'SwiGLU', 'SiLUFeedForward', 'softmax', 'rope_angles', 'rotate_pairs', 'RotaryTables',
+           'RotaryPositionalEmbedding', 'scaled_dot_product_attention', 'split_heads', 'join_heads', 'causal_mask',
+           'causal_attention', 'KeyValueCache', 'positions_for_heads', 'check_heads', 'CausalMultiHeadSelfAttention']
 
 # %% ../nbs/07_layers.ipynb #7237d411
 def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
@@ -22,7 +22,9 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
 
 # %% ../nbs/07_layers.ipynb #c7ed76ae
 class Linear(nn.Module):
-    "`y = x W^T`, no bias: (..., in_features) -> (..., out_features). Weight (out_features, in_features). Problem *linear*."
+    """`y = x W^T`, no bias: (..., in_features) -> (..., out_features). Problem *linear*.
+
+    The weight has shape (out_features, in_features) and starts at N(0, 2 / (in + out)) cut at 3 std."""
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
@@ -50,7 +52,8 @@ def take_rows(table: Tensor, ids: Tensor, what: str = "id") -> Tensor:
 class Embedding(nn.Module):
     """A row of `weight` (num_embeddings, embedding_dim) for each token id: (...) -> (..., embedding_dim).
 
-    Starts at N(0, std^2) cut at 3 std; the handout's std is 1. ValueError for an id out of range. Problem *embedding*."""
+    Starts at N(0, std^2) cut at 3 std; the handout's std is 1. ValueError for an id out of range.
+    Problem *embedding*."""
     def __init__(self, num_embeddings: int, embedding_dim: int, std: float = 1.0, device=None, dtype=None):
         super().__init__()
         self.std = std
@@ -93,12 +96,14 @@ def swiglu_d_ff(d_model: int) -> int:
 
 # %% ../nbs/07_layers.ipynb #a83f4565
 def matched_silu_d_ff(d_ff: int) -> int:
-    "The inner width at which the two matrices of `SiLUFeedForward` hold as many weights as SwiGLU's three of width `d_ff`."
+    "The inner width at which `SiLUFeedForward` has as many weights as `SwiGLU` at width `d_ff`."
     return 3 * d_ff // 2
 
 # %% ../nbs/07_layers.ipynb #52139baa
 class SwiGLU(nn.Module):
-    "`W2(SiLU(W1 x) * W3 x)`: (..., d_model) -> (..., d_model). `d_ff` defaults to `swiglu_d_ff(d_model)`. Shazeer, 2020."
+    """`W2(SiLU(W1 x) * W3 x)`: (..., d_model) -> the same shape. Problem *positionwise_feedforward*; Shazeer, 2020.
+
+    `d_ff` defaults to `swiglu_d_ff(d_model)`."""
     def __init__(self, d_model: int, d_ff: int | None = None, device=None, dtype=None):
         super().__init__()
         d_ff = swiglu_d_ff(d_model) if d_ff is None else d_ff
@@ -140,34 +145,41 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 # %% ../nbs/07_layers.ipynb #48a54789
-class RotaryPositionalEmbedding(nn.Module):
-    """Turn each pair (x_2k, x_2k+1) of a query or key at position i by the angle i / theta^(2k/d_k).
-
-    (..., time, d_k) -> the same shape. Su et al., 2021; problem *rope*. ValueError for an odd `d_k` or a position
-    outside 0 to max_seq_len - 1."""
+class RotaryTables(nn.Module):
+    "Cosine and sine of every angle, (max_seq_len, d_k / 2): kept exact when the module is moved, cast or made real."
     def __init__(self, theta: float, d_k: int, max_seq_len: int, device=None):
         super().__init__()
-        if d_k < 2 or d_k % 2: raise ValueError(f"RoPE turns pairs: d_k must be even and at least 2, got {d_k}")
         self.theta, self.d_k, self.max_seq_len = theta, d_k, max_seq_len
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(max_seq_len, d_k // 2, device=device, dtype=torch.float32), persistent=False)
+            table = torch.empty(max_seq_len, d_k // 2, device=device, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        "Fill the tables anew, on the device where they are, in float32 or wider."
+        "Fill the tables anew, on the device where they are."
         angles, old = rope_angles(self.theta, self.d_k, self.max_seq_len), self.cos
-        dtype = torch.promote_types(old.dtype, torch.float32)
-        self.cos, self.sin = angles.cos().to(dtype).to(old.device), angles.sin().to(dtype).to(old.device)
+        dtype = torch.promote_types(old.dtype, torch.float32)  # cast before the move: not every device knows float64
+        self.cos, self.sin = (table.to(dtype).to(old.device) for table in (angles.cos(), angles.sin()))
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         self.reset_parameters()
         return self
 
+# %% ../nbs/07_layers.ipynb #b8ec2816
+class RotaryPositionalEmbedding(RotaryTables):
+    """Turn each pair (x_2k, x_2k+1) of a query or key at position i by the angle i / theta^(2k/d_k).
+
+    (..., time, d_k) -> the same shape. Su et al., 2021; problem *rope*. ValueError for an odd `d_k` or a position
+    outside 0 to max_seq_len - 1."""
+    def __init__(self, theta: float, d_k: int, max_seq_len: int, device=None):
+        if d_k < 2 or d_k % 2: raise ValueError(f"RoPE turns pairs: d_k must be even and at least 2, got {d_k}")
+        super().__init__(theta, d_k, max_seq_len, device)
+
     def forward(self, x: Tensor, token_positions: Tensor | None = None) -> Tensor:
         "`token_positions`: integers that broadcast to (..., time); by default 0, 1, 2, ..."
         if token_positions is not None:
-            return rotate_pairs(x, take_rows(self.cos, token_positions, "position"), take_rows(self.sin, token_positions, "position"))
+            return rotate_pairs(x, *(take_rows(table, token_positions, "position") for table in (self.cos, self.sin)))
         time = x.shape[-2]
         if time > self.max_seq_len: raise ValueError(f"{time} positions, but the RoPE tables hold {self.max_seq_len}")
         return rotate_pairs(x, self.cos[:time], self.sin[:time])
@@ -221,30 +233,48 @@ class KeyValueCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         "Add (..., time, d_k) keys and values; gives back all that are held, (..., length, d_k) each."
         start, end = self.length, self.length + k.shape[-2]
-        if end > self.max_length: raise ValueError(f"{end} tokens do not fit a cache of {self.max_length}: clear it or make it longer")
-        if self.keys is None: self.keys, self.values = (t.new_empty(*t.shape[:-2], self.max_length, t.shape[-1]) for t in (k, v))
-        if self.keys.shape[:-2] != k.shape[:-2]:
-            raise ValueError(f"the cache holds rows of shape {tuple(self.keys.shape[:-2])}, got {tuple(k.shape[:-2])}: use one cache a batch")
+        self.check(end, k)
+        if self.keys is None:
+            self.keys, self.values = (t.new_empty(*t.shape[:-2], self.max_length, t.shape[-1]) for t in (k, v))
         self.keys[..., start:end, :], self.values[..., start:end, :] = k.detach(), v.detach()
         self.length = end
         return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def check(self, end: int, k: Tensor) -> None:
+        if end > self.max_length:
+            raise ValueError(f"{end} tokens do not fit a cache of {self.max_length}: clear it or make it longer")
+        if self.keys is not None and self.keys.shape[:-2] != k.shape[:-2]:
+            raise ValueError(f"the cache holds rows of shape {tuple(self.keys.shape[:-2])}, got {tuple(k.shape[:-2])}: "
+                             "use one cache for each batch")
 
     def clear(self) -> None:
         "Forget all tokens; the memory is kept for the next ones."
         self.length = 0
 
-# %% ../nbs/07_layers.ipynb #6d694ef9
-class CausalMultiHeadSelfAttention(nn.Module):
-    """Each token looks at itself and earlier ones: (..., time, d_model) -> the same shape. Problem *multihead_self_attention*.
+# %% ../nbs/07_layers.ipynb #31d56bbc
+def positions_for_heads(token_positions: Tensor | None, start: int, x: Tensor) -> Tensor | None:
+    "Positions (..., 1, time) of the tokens of `x` (..., time, d_model); None stands for 0, 1, 2, ..."
+    if token_positions is None: return torch.arange(start, start + x.shape[-2], device=x.device) if start else None
+    return token_positions if token_positions.ndim < 2 else token_positions.unsqueeze(-2)
 
-    `rope` turns queries and keys (None: no positions); `kernel` is "sdpa" or "clear". ValueError where
-    `num_heads` does not divide `d_model` or the kernel is unknown."""
-    def __init__(self, d_model: int, num_heads: int, rope: RotaryPositionalEmbedding | None = None, kernel: str = "sdpa",
-                 device=None, dtype=None):
+# %% ../nbs/07_layers.ipynb #6d694ef9
+def check_heads(d_model: int, num_heads: int, kernel: str) -> None:
+    "ValueError where the heads do not fit the width or the attention kernel is unknown."
+    if num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"num_heads must divide d_model, got num_heads={num_heads} and d_model={d_model}")
+    if kernel not in ("sdpa", "clear"): raise ValueError(f"attention kernel must be sdpa or clear, got {kernel!r}")
+
+# %% ../nbs/07_layers.ipynb #a3f39801
+class CausalMultiHeadSelfAttention(nn.Module):
+    """Each token looks at itself and earlier ones: (..., time, d_model) -> the same shape.
+
+    Problem *multihead_self_attention*. Keys {q,k,v,output}_proj.weight, the heads stacked along the output. `rope`
+    turns queries and keys (None: no positions); `kernel` is "sdpa" or "clear". ValueError where `num_heads` does
+    not divide `d_model` or the kernel is unknown."""
+    def __init__(self, d_model: int, num_heads: int, rope: RotaryPositionalEmbedding | None = None,
+                 kernel: str = "sdpa", device=None, dtype=None):
         super().__init__()
-        if num_heads < 1 or d_model % num_heads:
-            raise ValueError(f"num_heads must divide d_model, got num_heads={num_heads} and d_model={d_model}")
-        if kernel not in ("sdpa", "clear"): raise ValueError(f"kernel must be 'sdpa' or 'clear', got {kernel!r}")
+        check_heads(d_model, num_heads, kernel)
         self.num_heads, self.rope, self.kernel = num_heads, rope, kernel
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
             setattr(self, name, Linear(d_model, d_model, device=device, dtype=dtype))
@@ -252,12 +282,8 @@ class CausalMultiHeadSelfAttention(nn.Module):
     def forward(self, x: Tensor, token_positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         "`token_positions` (..., time) for RoPE, by default counted on from what `cache` holds."
         q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope is not None: q, k = self.rotate(q, k, token_positions, 0 if cache is None else cache.length)
+        if self.rope is not None:
+            positions = positions_for_heads(token_positions, 0 if cache is None else cache.length, x)
+            q, k = self.rope(q, positions), self.rope(k, positions)
         if cache is not None: k, v = cache.append(k, v)
         return self.output_proj(join_heads(causal_attention(q, k, v, self.kernel)))
-
-    def rotate(self, q: Tensor, k: Tensor, token_positions: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-        "RoPE for all heads; every head of a row has the same positions."
-        if token_positions is None and start: token_positions = torch.arange(start, start + q.shape[-2], device=q.device)
-        if token_positions is not None and token_positions.ndim > 1: token_positions = token_positions.unsqueeze(-2)
-        return self.rope(q, token_positions), self.rope(k, token_positions)

@@ -13,10 +13,11 @@ from .layers import (CausalMultiHeadSelfAttention, Embedding, KeyValueCache, Lin
 
 # %% auto #0
 __all__ = ['CHOICES', 'GPT2_SIZES', 'PRESETS', 'ModelConfig', 'check_field', 'check_config', 'make_norm', 'make_rope',
-           'TransformerBlock', 'TransformerLM', 'gpt2_config']
+           'TransformerBlock', 'TiedOutput', 'complete_tied_weights', 'check_length', 'TransformerLM', 'gpt2_config']
 
 # %% ../nbs/08_transformer.ipynb #f8d20fc2
-CHOICES = {"norm": ("pre", "post", "none"), "position": ("rope", "none"), "ffn": ("swiglu", "silu"), "attention": ("sdpa", "clear")}
+CHOICES = {"norm": ("pre", "post", "none"), "position": ("rope", "none"), "ffn": ("swiglu", "silu"),
+           "attention": ("sdpa", "clear")}
 
 # %% ../nbs/08_transformer.ipynb #ec2c42a1
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def check_field(name: str, value: object) -> None:
     elif name in ("rope_theta", "embedding_std"):
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
         wanted = "a positive number"
-    else: good, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number of at least 1"
+    else:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        wanted = "a whole number of at least 1"
     if not good: raise ValueError(f"ModelConfig: {name} must be {wanted}, got {value!r}")
 
 # %% ../nbs/08_transformer.ipynb #202a4a24
@@ -65,8 +68,8 @@ def check_config(config: ModelConfig) -> None:
     if d_model % heads:
         raise ValueError(f"ModelConfig: num_heads must divide d_model, got num_heads={heads} and d_model={d_model}")
     if config.position == "rope" and config.d_head % 2:
-        raise ValueError(f"ModelConfig: RoPE turns pairs, so d_model / num_heads must be even, got {d_model} / {heads} = "
-                         f"{config.d_head}; change num_heads or take position='none'")
+        raise ValueError(f"ModelConfig: RoPE turns pairs, so d_model / num_heads must be even, got {d_model} / {heads} "
+                         f"= {config.d_head}; change num_heads or take position='none'")
 
 # %% ../nbs/08_transformer.ipynb #8789b342
 def make_norm(config: ModelConfig, device=None, dtype=None) -> nn.Module:
@@ -75,7 +78,8 @@ def make_norm(config: ModelConfig, device=None, dtype=None) -> nn.Module:
 
 def make_rope(config: ModelConfig, device=None) -> RotaryPositionalEmbedding | None:
     "The rotary tables that all blocks share, or None for position='none'."
-    return None if config.position == "none" else RotaryPositionalEmbedding(config.rope_theta, config.d_head, config.context_length, device)
+    if config.position == "none": return None
+    return RotaryPositionalEmbedding(config.rope_theta, config.d_head, config.context_length, device)
 
 # %% ../nbs/08_transformer.ipynb #582bf7f0
 class TransformerBlock(nn.Module):
@@ -99,31 +103,12 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.ln2(x))
 
 # %% ../nbs/08_transformer.ipynb #aa531624
-class TransformerLM(nn.Module):
-    """A decoder-only language model: token ids (..., time) -> logits (..., time, vocab_size). Problem *transformer_lm*.
-
-    Keys: token_embeddings.weight, layers.{i}.*, ln_final.weight, lm_head.weight. `device="meta"` builds shapes only;
-    then `to_empty` and `reset_parameters` or `load_state_dict` make it real."""
-    def __init__(self, config: ModelConfig = ModelConfig(), device=None, dtype=None):
-        super().__init__()
-        where = dict(device=device, dtype=dtype)
-        self.config = config
-        self.token_embeddings = Embedding(config.vocab_size, config.d_model, config.embedding_std, **where)
-        rope = make_rope(config, device)
-        self.layers = nn.ModuleList(TransformerBlock(config, rope, **where) for _ in range(config.num_layers))
-        self.ln_final = make_norm(config, **where) if config.norm == "pre" else nn.Identity()
-        self.lm_head = Linear(config.d_model, config.vocab_size, **where)
-        self.tie()
+class TiedOutput(nn.Module):
+    "Base of a model whose `lm_head` has the weight of `token_embeddings` if `tied`, kept so through moves and loads."
+    tied = False
 
     def tie(self) -> None:
-        "With tied embeddings, make the output matrix the embedding table itself."
-        if self.config.tied_embeddings: self.lm_head.weight = self.token_embeddings.weight
-
-    def reset_parameters(self) -> None:
-        "Draw all weights anew; a tied table gets the embedding's distribution."
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"): module.reset_parameters()
-        if self.config.tied_embeddings: self.token_embeddings.reset_parameters()
+        if self.tied: self.lm_head.weight = self.token_embeddings.weight
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -131,42 +116,79 @@ class TransformerLM(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        a, b = (state_dict.get(f"{prefix}{name}.weight") for name in ("token_embeddings", "lm_head"))
-        if self.config.tied_embeddings and a is not None and b is not None and not torch.equal(a, b):
-            raise ValueError("these weights have different token_embeddings and lm_head: load them with tied_embeddings=False")
+        if self.tied: complete_tied_weights(state_dict, prefix + "token_embeddings.weight", prefix + "lm_head.weight")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def make_cache(self, max_length: int | None = None) -> list[KeyValueCache]:
-        "One empty cache a block, for decoding; room for `max_length` tokens (by default the context length)."
-        return [KeyValueCache(max_length or self.config.context_length) for _ in self.layers]
+# %% ../nbs/08_transformer.ipynb #d740a56c
+def complete_tied_weights(state_dict: dict[str, Tensor], a: str, b: str) -> None:
+    "Where only one of the two keys is there, let it stand for both; ValueError where both are there and differ."
+    if a in state_dict: state_dict.setdefault(b, state_dict[a])
+    elif b in state_dict: state_dict[a] = state_dict[b]
+    if a in state_dict and not torch.equal(state_dict[a], state_dict[b]):
+        raise ValueError(f"the weights have different {a} and {b}: load them into a model with tied_embeddings=False")
+
+# %% ../nbs/08_transformer.ipynb #eae71376
+def check_length(start: int, time: int, context_length: int) -> None:
+    "ValueError where `time` tokens after `start` earlier ones exceed the context."
+    if start + time > context_length:
+        raise ValueError(f"{start + time} tokens exceed the context length of {context_length}: shorten the input")
+
+# %% ../nbs/08_transformer.ipynb #2066c1bf
+class TransformerLM(TiedOutput):
+    """A decoder-only language model: token ids (..., time) -> logits (..., time, vocab_size). Problem *transformer_lm*.
+
+    Keys: token_embeddings.weight, layers.{i}.*, ln_final.weight, lm_head.weight. `device="meta"` builds shapes only;
+    `to_empty(device=...)` and then `reset_parameters()` or `load_state_dict(...)` make it real."""
+    def __init__(self, config: ModelConfig = ModelConfig(), device=None, dtype=None):
+        super().__init__()
+        where = dict(device=device, dtype=dtype)
+        self.config, self.tied = config, config.tied_embeddings
+        self.token_embeddings = Embedding(config.vocab_size, config.d_model, config.embedding_std, **where)
+        rope = make_rope(config, device)
+        self.layers = nn.ModuleList(TransformerBlock(config, rope, **where) for _ in range(config.num_layers))
+        self.ln_final = make_norm(config, **where) if config.norm == "pre" else nn.Identity()
+        self.lm_head = Linear(config.d_model, config.vocab_size, **where)
+        self.tie()
 
     def forward(self, token_ids: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
-        """With a `cache` the ids continue the tokens it holds, and are added to it.
+        """With a `cache` (of `make_cache`) the ids continue the tokens it holds, and are added to it.
 
-        ValueError where the row becomes longer than the context length, or an id is out of range (CPU)."""
+        ValueError where the row becomes longer than the context length, or (on the CPU) an id is out of range."""
         start, time = 0 if cache is None else cache[0].length, token_ids.shape[-1]
-        if start + time > self.config.context_length:
-            raise ValueError(f"{start + time} tokens are more than the context length of {self.config.context_length}: shorten the input")
+        check_length(start, time, self.config.context_length)
         positions = torch.arange(start, start + time, device=token_ids.device) if start else None
         x = self.token_embeddings(token_ids)
         for i, block in enumerate(self.layers): x = block(x, positions, None if cache is None else cache[i])
         return self.lm_head(self.ln_final(x))
 
+    def make_cache(self) -> list[KeyValueCache]:
+        "One empty cache a block, with room for the context length."
+        return [KeyValueCache(self.config.context_length) for _ in self.layers]
+
+    def reset_parameters(self) -> None:
+        "Draw all weights anew; a tied table gets the embedding's distribution."
+        parts = [module for module in self.modules() if module is not self and hasattr(module, "reset_parameters")]
+        for module in parts + [self.token_embeddings] * self.tied: module.reset_parameters()
+
 # %% ../nbs/08_transformer.ipynb #e37d32b6
 GPT2_SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 20), "xl": (1600, 48, 25)}
 
 def gpt2_config(size: str, form: str) -> ModelConfig:
-    "Our model at GPT-2's `size` (small, medium, large, xl), in the `form` of the 2025 or 2026 handout or with two matrices."
+    "Our model at GPT-2's `size` (small, medium, large, xl); `form`: 2025, 2026 (the handouts) or two-matrix (GPT-2's)."
     d_model, num_layers, num_heads = GPT2_SIZES[size]
     form_fields = {"2025": dict(d_ff=4 * d_model), "2026": dict(d_ff=swiglu_d_ff(d_model)),
                    "two-matrix": dict(d_ff=4 * d_model, ffn="silu", tied_embeddings=True)}[form]
-    return ModelConfig(vocab_size=50_257, context_length=1_024, d_model=d_model, num_layers=num_layers, num_heads=num_heads, **form_fields)
+    return ModelConfig(vocab_size=50_257, context_length=1_024, d_model=d_model, num_layers=num_layers,
+                       num_heads=num_heads, **form_fields)
 
 # %% ../nbs/08_transformer.ipynb #b057c0d2
 PRESETS: dict[str, ModelConfig] = {
     "tinystories": ModelConfig(),
     "openwebtext": ModelConfig(vocab_size=32_000),
-    "writeup-openwebtext": ModelConfig(vocab_size=32_000, context_length=512, num_layers=8, d_ff=2_048, tied_embeddings=True),
-    "demo": ModelConfig(vocab_size=1_024, context_length=160, d_model=128, num_layers=2, num_heads=4, d_ff=swiglu_d_ff(128)),
-    **{f"gpt2-{size}-{form}": gpt2_config(size, form) for size in GPT2_SIZES for form in ("2025", "2026", "two-matrix")},
+    "writeup-openwebtext": ModelConfig(vocab_size=32_000, context_length=512, d_ff=2_048, num_layers=8,
+                                       tied_embeddings=True),
+    "demo": ModelConfig(vocab_size=1_024, context_length=160, d_model=128, num_layers=2, num_heads=4,
+                        d_ff=swiglu_d_ff(128)),
+    **{f"gpt2-{size}-{form}": gpt2_config(size, form)
+       for size in GPT2_SIZES for form in ("2025", "2026", "two-matrix")},
 }
