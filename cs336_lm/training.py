@@ -5,7 +5,7 @@
 # %% ../nbs/11_training.ipynb #5d6d4c85
 from __future__ import annotations
 
-import json, math, os, pickle, platform, re, signal, subprocess, threading, time, warnings, zipfile
+import json, math, os, platform, re, signal, subprocess, threading, time, warnings, zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -79,15 +79,21 @@ def _load_whole(source: str | os.PathLike | BinaryIO) -> object:
     return torch.load(source, map_location="cpu", weights_only=True)
 
 
+def _name_of(source: str | os.PathLike | BinaryIO) -> str:
+    "What to call a path or an open file in a message."
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", "the open file"))
+
+
 def read_checkpoint(source: str | os.PathLike | BinaryIO) -> dict:
     "The entries of a checkpoint, tensors on the CPU. `ValueError` for anything that is not a whole checkpoint of ours."
-    name = getattr(source, "name", source)
+    name = _name_of(source)
     remedy = "take another checkpoint, or start the run anew"
     try: state = _load_whole(source)
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint {name}; a run has them in its folder checkpoints/") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{name} is damaged or no checkpoint ({str(error).splitlines()[0]}); {remedy}") from error
+    except (OSError, MemoryError): raise
+    except Exception as error:  # damage can surface in any part of the zip and pickle readers
+        raise ValueError(f"{name} is damaged or no checkpoint ({str(error)[:60].strip()}); {remedy}") from error
     missing = {"model", "optimizer", "iteration"} - (state.keys() if isinstance(state, dict) else set())
     if missing: raise ValueError(f"{name} is no checkpoint: it has no {', '.join(sorted(missing))}; {remedy}")
     if state.get("schema", 0) > CHECKPOINT_SCHEMA:
@@ -112,7 +118,7 @@ def load_checkpoint(src: str | os.PathLike | BinaryIO, model: nn.Module,
     Raises `FileNotFoundError`, or `ValueError` for a damaged file or another model's. Handout problem checkpointing.
     """
     state = read_checkpoint(src)
-    _restore(state, model, optimizer, getattr(src, "name", src))
+    _restore(state, model, optimizer, _name_of(src))
     return state["iteration"]
 
 

@@ -1,0 +1,528 @@
+"Training: the loop against its clear form, exact resume, evaluation against the definition, refusals, the log."
+import io, json, math, os, signal, threading
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from cs336_lm import training
+from cs336_lm.corpora import END_OF_TEXT
+from cs336_lm.dataset import IGNORE_INDEX, encode_file
+from cs336_lm.optimization import AdamW
+from cs336_lm.tokenizer import Tokenizer
+from cs336_lm.training import (ModelConfig, StopRequest, TrainConfig, TransformerLM, config_from_dict, evaluate, learning_rate,
+                               list_checkpoints, load_config, load_checkpoint, load_model, open_rows, peak_flops,
+                               pick_device, resolve_config, save_checkpoint, train, training_loop)
+
+TINY = ModelConfig(vocab_size=257, context_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "A folder with a tokenizer of bytes, train.npy and valid.npy of short documents."
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: END_OF_TEXT.encode()}, [], [END_OF_TEXT])
+    tokenizer.save(folder / "tokenizer")
+    rng = np.random.default_rng(0)
+    for split, documents in ("train", 60), ("valid", 11):
+        text = "".join("ab" * rng.integers(1, 12) + "c" * rng.integers(0, 9) + END_OF_TEXT for _ in range(documents))
+        (folder / f"{split}.txt").write_text(text)
+        encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.npy")
+    return folder
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return TrainConfig(name="run", train_tokens=data / "train.npy", valid_tokens=data / "valid.npy",
+                       tokenizer=data / "tokenizer", model=TINY, batch_size=4, steps=20, max_lr=1e-2, min_lr=1e-3, warmup_steps=3,
+                       eval_every=10, eval_batch_size=8, checkpoint_every=5, log_every=3, device="cpu", runs_dir=tmp_path / "runs")
+
+
+def run(config, **how): return train(config, progress=False, **how)
+
+
+def records(result): return [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+
+
+def timeless(result):
+    "The log without what a clock or the run's name put in."
+    clocks = {"seconds", "tokens_per_second", "mfu", "started", "name", "config"}
+    return [{k: v for k, v in r.items() if k not in clocks} for r in records(result)]
+
+
+def final_state(result):
+    state = torch.load(result.checkpoint, weights_only=True)
+    return {**state["model"], **{(i, k): v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}}
+
+
+def same_bits(a, b): return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
+@contextmanager
+def at_step(step, act, monkeypatch):
+    "Within it, `act(run)` follows the training step of this number."
+    plain = training.next_step
+    def step_and_act(run):
+        plain(run)
+        if run.step == step: act(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "next_step", step_and_act)
+        yield
+
+
+# The loop
+
+def test_one_batch_is_learned_by_heart(tmp_path, data):
+    "A token file with room for one row: its loss must reach nearly zero, through the whole of `train`."
+    ids = np.load(data / "train.npy")
+    about = json.loads((data / "train.json").read_text())
+    row = np.random.default_rng(3).permutation(200)[:13].astype(ids.dtype)
+    np.save(tmp_path / "row.npy", row)
+    (tmp_path / "row.json").write_text(json.dumps(about | {"tokens": 13, "path": "row.npy", "bytes": 13}))
+    config = TrainConfig(name="row", train_tokens=tmp_path / "row.npy", valid_tokens=tmp_path / "row.npy", model=TINY,
+                         batch_size=2, steps=120, max_lr=2e-2, min_lr=1e-3, warmup_steps=5, weight_decay=0.0, eval_every=0,
+                         checkpoint_every=0, device="cpu", runs_dir=tmp_path / "runs")
+    result = run(config)
+    assert result.evaluation["loss"] < 0.02
+    assert records(result)[1]["loss"] > 4
+
+
+@pytest.mark.parametrize("rows", ["stream", "documents"])
+def test_train_is_the_clear_loop(config, rows):
+    config = replace(config, rows=rows)
+    result = run(config)
+    torch.manual_seed(config.seed)
+    model = TransformerLM(config.model)
+    optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    data = open_rows(config.train_tokens, config.model, rows, Tokenizer.load(config.tokenizer))
+    losses = training_loop(model, optimizer, lambda step: data.batch(config.batch_size, config.seed, step),
+                           lambda step: learning_rate(config, step), config.steps, max_grad_norm=config.max_grad_norm)
+    assert same_bits(torch.load(result.checkpoint, weights_only=True)["model"], model.state_dict())
+    logged = [r["loss"] for r in records(result) if r["kind"] == "step"]
+    assert logged == [losses[0], np.mean(losses[1:3])] + [sum(losses[i:i + 3]) / 3 for i in range(3, 18, 3)] + [sum(losses[18:]) / 2]
+
+
+def test_training_loop_is_torchs_on_torchs_optimizer(config):
+    "The same steps written with PyTorch's own loss, clipping and AdamW end close by."
+    rows = open_rows(config.train_tokens, config.model)
+    torch.manual_seed(0)
+    ours, theirs = TransformerLM(TINY), TransformerLM(TINY)
+    theirs.load_state_dict(ours.state_dict())
+    training_loop(ours, AdamW(ours.parameters(), weight_decay=0.1), lambda s: rows.batch(4, 0, s), lambda s: 1e-3 * s, 8)
+    optimizer = torch.optim.AdamW(theirs.parameters(), weight_decay=0.1)
+    for step in range(1, 9):
+        x, y = rows.batch(4, 0, step)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(theirs(x).flatten(0, 1), y.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * step
+        optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_rate_is_not_zero_and_the_last_is_the_smallest(config):
+    assert learning_rate(config, 1) == pytest.approx(config.max_lr / config.warmup_steps)
+    assert learning_rate(config, config.warmup_steps) == pytest.approx(config.max_lr)
+    assert learning_rate(config, config.steps) == pytest.approx(config.min_lr)
+
+
+@pytest.mark.parametrize("rows", ["stream", "documents"])
+def test_batches_depend_on_seed_and_step_alone(config, rows):
+    def batch(seed, step):
+        data = open_rows(config.train_tokens, TINY, rows, Tokenizer.load(config.tokenizer))
+        np.random.seed(step)  # global generators must not matter
+        return data.batch(16, seed, step)[0]
+    assert torch.equal(batch(5, 7), batch(5, 7))
+    assert not torch.equal(batch(5, 7), batch(5, 8)) and not torch.equal(batch(5, 7), batch(6, 7))
+
+
+def test_initial_weights_come_from_the_seed(config):
+    first = {seed: training.build_run(resolve_config(replace(config, seed=seed))).model.state_dict() for seed in (0, 1)}
+    torch.rand(3)
+    assert same_bits(first[0], training.build_run(resolve_config(config)).model.state_dict())
+    assert not same_bits(first[0], first[1])
+
+
+def test_bf16_autocast_stays_close_and_keeps_float32_weights(config):
+    fp32, bf16 = run(config), run(replace(config, name="bf16", precision="bf16"))
+    assert all(t.dtype == torch.float32 for t in torch.load(bf16.checkpoint, weights_only=True)["model"].values())
+    assert bf16.evaluation["loss"] != fp32.evaluation["loss"]
+    assert bf16.evaluation["loss"] == pytest.approx(fp32.evaluation["loss"], rel=0.03)
+
+
+# Resuming
+
+@pytest.mark.parametrize("step, rows", [(1, "stream"), (4, "documents"), (5, "stream"), (10, "stream"), (19, "documents")])
+def test_interrupted_and_resumed_equals_uninterrupted(config, monkeypatch, step, rows):
+    config = replace(config, rows=rows)
+    whole = run(config)
+    other = replace(config, name="other")
+    with at_step(step, lambda run: signal.raise_signal(signal.SIGTERM if step % 2 else signal.SIGINT), monkeypatch):
+        result = run(other)
+    assert (result.status, result.step) == ("interrupted", step)
+    assert result.checkpoint.name == f"step-{step:07d}.pt"
+    assert records(result)[-1]["status"] == "interrupted" and "SIG" in result.reason
+    torch.manual_seed(12345)
+    result = run(other, resume=True)
+    assert result.status == "finished" and same_bits(final_state(whole), final_state(result))
+    assert timeless(result) == timeless(whole)
+
+
+@pytest.mark.parametrize("step", [3, 7, 13])
+def test_a_crash_resumes_from_the_checkpoint_before(config, monkeypatch, step):
+    whole = run(config)
+    other = replace(config, name="other")
+    def crash(run): raise RuntimeError("power")
+    with at_step(step, crash, monkeypatch), pytest.raises(RuntimeError, match="power"): run(other)
+    log = config.runs_dir + "/other/log.jsonl"
+    assert json.loads(open(log).readlines()[-1]) == {"kind": "end", "status": "interrupted", "reason": "RuntimeError: power"}
+    with open(log, "a") as file: file.write('{"kind": "step", "step": 99, "lo')  # torn
+    result = run(other, resume=True)
+    assert same_bits(final_state(whole), final_state(result)) and timeless(result) == timeless(whole)
+
+
+def test_twice_interrupted_at_the_same_place_and_resumed_when_finished(config, monkeypatch):
+    whole = run(config)
+    other = replace(config, name="other")
+    for resume, step in [(False, 6), (True, 7), (True, 17)]:
+        with at_step(step, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch):
+            assert run(other, resume=resume).status == "interrupted"
+    result = run(other, resume=True)
+    again = run(other, resume=True)
+    assert again.status == "finished" and again.evaluation["loss"] == result.evaluation["loss"]
+    assert timeless(again) == timeless(result) == timeless(whole) and same_bits(final_state(again), final_state(whole))
+
+
+def test_ctrl_c_in_an_evaluation_breaks_it_off_and_resume_makes_it_up(config, monkeypatch):
+    whole = run(config)
+    other, plain, calls = replace(config, name="other", eval_batch_size=1), training.evaluation_sums, []
+    batches = len(list(open_rows(config.valid_tokens, TINY).every(1)))
+    def sums(*args):
+        calls.append(1)
+        if len(calls) == batches + 2: signal.raise_signal(signal.SIGINT)  # in the second evaluation
+        return plain(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluation_sums", sums)
+        result = run(other)
+    assert (result.status, result.step, len(calls)) == ("interrupted", 10, batches + 2)
+    assert [r["step"] for r in records(result) if r["kind"] == "eval"] == [0]
+    result = run(other, resume=True)
+    assert [r["step"] for r in records(result) if r["kind"] == "eval"] == [0, 10, 20]
+    assert same_bits(final_state(whole), final_state(result))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_by_with_a_warning(config):
+    whole = run(config)
+    newest, before = list_checkpoints(whole.folder)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=newest.name): result = run(config, resume=True)
+    assert result.status == "finished" and result.step == 20
+    before.write_text("nothing")
+    newest.write_text("nothing")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="all 2 checkpoints"): run(config, resume=True)
+
+
+def test_a_moved_run_resumes_and_loads(config, tmp_path, monkeypatch):
+    whole = run(config)
+    with at_step(12, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(replace(config, name="moving"))
+    moved = tmp_path / "elsewhere"
+    os.rename(tmp_path / "runs" / "moving", moved)
+    assert load_config(moved).name == "elsewhere"
+    result = run(load_config(moved), resume=True)
+    assert result.folder == moved.resolve() and same_bits(final_state(whole), final_state(result))
+    assert load_model(moved)[2].sha256 == Tokenizer.load(config.tokenizer).sha256
+
+
+def test_resume_refuses_a_contradiction_and_leaves_the_run_as_it_is(config):
+    result = run(config)
+    before = {p: p.read_bytes() for p in result.folder.rglob("*") if p.is_file()}
+    for change in [{"max_lr": 0.5}, {"seed": 1}, {"steps": 30}, {"rows": "documents"}, {"precision": "bf16"}, {"batch_size": 5},
+                   {"model": replace(TINY, position="none")}, {"betas": (0.9, 0.99)}]:
+        with pytest.raises(ValueError, match=next(iter(change))): run(replace(config, **change), resume=True)
+    assert before == {p: p.read_bytes() for p in result.folder.rglob("*") if p.is_file()}
+
+
+def test_resume_refuses_other_data_and_allows_the_same_data_elsewhere(config, tmp_path, data):
+    run(config)
+    for name in "train.npy", "train.json": (tmp_path / name).write_bytes((data / name).read_bytes())
+    assert run(replace(config, train_tokens=tmp_path / "train.npy", log_every=7), resume=True).status == "finished"
+    with pytest.raises(ValueError, match="data"): run(replace(config, train_tokens=config.valid_tokens), resume=True)
+
+
+# Refusals
+
+def refusals(data, tmp):
+    short, odd = tmp / "short.npy", tmp / "odd.npy"
+    for path, cut in (short, 0), (odd, 7):
+        content = (data / "train.npy").read_bytes()
+        path.write_bytes(content[:len(content) - cut])
+        path.with_suffix(".json").write_text((data / "train.json").read_text())
+    np.save(short, np.load(data / "train.npy")[:10])
+    about = json.loads((data / "train.json").read_text())
+    (tmp / "short.json").write_text(json.dumps(about | {"tokens": 10}))
+    (tmp / "other").mkdir()
+    Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: b"ab", 257: END_OF_TEXT.encode()}, [(b"a", b"b")],
+              [END_OF_TEXT]).save(tmp / "other")
+    return [({"train_tokens": tmp / "no.npy"}, FileNotFoundError, "no.npy"), ({"train_tokens": odd}, ValueError, "odd.npy"),
+            ({"train_tokens": short}, ValueError, "short.npy"), ({"tokenizer": tmp / "other"}, ValueError, "tokenizer"),
+            ({"model": replace(TINY, vocab_size=256)}, ValueError, "vocab_size"),
+            ({"model": replace(TINY, context_length=10**5)}, ValueError, "context"),
+            ({"tokenizer": tmp / "nowhere"}, FileNotFoundError, "nowhere"),
+            ({"tokenizer": None, "rows": "documents"}, ValueError, "tokenizer")]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_what_does_not_belong_together_is_refused_before_anything_is_written(config, data, tmp_path, number):
+    change, error, words = refusals(data, tmp_path)[number]
+    with pytest.raises(error, match=words): run(replace(config, **change))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_run_is_not_overwritten_and_a_missing_one_not_resumed(config):
+    run(config)
+    with pytest.raises(FileExistsError, match="--resume"): run(config)
+    with pytest.raises(FileNotFoundError, match="nobody"): run(replace(config, name="nobody"), resume=True)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 0}, {"batch_size": 2.0}, {"name": ""}, {"name": ".."}, {"name": "a/b"}, {"steps": 0},
+                                    {"max_lr": math.nan}, {"min_lr": 1.0}, {"betas": (0.9, 1.0)}, {"precision": "fp16"},
+                                    {"compile": "yes"}, {"rows": "lines"}, {"warmup_steps": 20}, {"seed": -1}])
+def test_values_that_cannot_be_meant(config, change):
+    with pytest.raises(ValueError, match=next(iter(change))): replace(config, **change)
+
+
+def test_config_survives_json(config):
+    assert config_from_dict(json.loads(json.dumps(asdict(config)))) == config
+    with pytest.raises(ValueError, match="colour"): config_from_dict(asdict(config) | {"colour": 1})
+    old = asdict(config)
+    del old["log_every"]  # a run of a time before this setting
+    assert config_from_dict(old).log_every == TrainConfig(name="x", train_tokens="x", valid_tokens="x").log_every
+
+
+def test_devices_and_precisions(monkeypatch, config):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    for name in "cuda", "mps", "cuda:1", "gpu", "cuda:x":
+        with pytest.raises(ValueError, match=name): pick_device(name)
+    resolved = resolve_config(replace(config, device="auto"))
+    assert (resolved.device, resolved.precision, resolved.compile) == ("cpu", "fp32", "off")
+    with pytest.raises(ValueError, match="tf32"): resolve_config(replace(config, precision="tf32"))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    resolved = resolve_config(replace(config, device="auto"))
+    assert (resolved.device, resolved.precision, resolved.compile) == ("mps", "fp32", "aot_eager")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    resolved = resolve_config(replace(config, device="cuda:1"))
+    assert (resolved.device, resolved.precision, resolved.compile) == ("cuda:1", "bf16", "inductor")
+    with pytest.raises(ValueError, match="cuda:2"): pick_device("cuda:2")
+
+
+def test_tf32_is_set_as_meant_and_put_back():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for outside in "high", "highest":
+            torch.set_float32_matmul_precision(outside)
+            for precision, inside in ("fp32", "highest"), ("bf16", "highest"), ("tf32", "high"):
+                with training.float32_products(precision): assert torch.get_float32_matmul_precision() == inside
+                assert torch.get_float32_matmul_precision() == outside
+    finally: torch.set_float32_matmul_precision(before)
+
+
+def test_peaks_of_named_devices():
+    assert peak_flops("NVIDIA H200", "bf16") == 989e12 and peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12 and peak_flops("NVIDIA L4", "bf16") == 121e12
+    for unknown in "cpu (x86_64)", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GH200 480GB": assert peak_flops(unknown, "bf16") is None
+
+
+# Evaluation
+
+@given(st.integers(1, 40), st.sampled_from(["stream", "documents"]))
+@settings(max_examples=12, deadline=None)
+def test_evaluation_is_the_definition(data, batch_size, rows):
+    tokenizer = Tokenizer.load(data / "tokenizer")
+    torch.manual_seed(1)
+    model = TransformerLM(TINY).train()
+    found = evaluate(model, open_rows(data / "valid.npy", TINY, rows, tokenizer), batch_size=batch_size)
+    ids, losses, spreads = np.load(data / "valid.npy").astype(np.int64), [], []
+    ends = np.flatnonzero(ids == 256)
+    pieces = [ids] if rows == "stream" else [np.r_[256, ids[a:b + 1]] for a, b in zip(np.r_[0, ends[:-1] + 1], ends)]
+    for piece in pieces:
+        for i in range(0, len(piece) - 1, TINY.context_length):
+            x = torch.tensor(piece[i:i + TINY.context_length + 1])
+            with torch.no_grad(): logits = model(x[None, :-1])[0].double()
+            losses.append(torch.nn.functional.cross_entropy(logits, x[1:], reduction="none"))
+            spreads.append(logits.var(-1, correction=0))
+    losses, size = torch.cat(losses), len((data / "valid.txt").read_bytes())
+    assert len(losses) == len(ids) - (rows == "stream")
+    assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+    assert found["logit_std"] == pytest.approx(torch.cat(spreads).mean().sqrt().item(), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(losses.mean().item() / math.log(2) * len(ids) / size, rel=1e-5)
+    assert model.training
+
+
+# The log and the run folder
+
+def test_the_log_keeps_its_contract(config):
+    result = run(config)
+    header, *middle, end = records(result)
+    assert list(header) == ["kind", "schema", "name", "config", "corpus", "tokenizer", "tokens", "parameters", "device", "versions",
+                            "commit", "started"]
+    assert set(header["corpus"]) >= {"name", "bytes", "documents", "sha256"}
+    assert set(header["tokenizer"]) == {"vocab_size", "sha256", "trained_on"} and set(header["tokens"]) == {"train", "valid"}
+    assert header["parameters"] == sum(p.numel() for p in TransformerLM(TINY).parameters())
+    assert datetime.fromisoformat(header["started"]).utcoffset() == timedelta(0)
+    assert "auto" not in (header["config"]["device"], header["config"]["precision"], header["config"]["compile"])
+    for record in middle:
+        assert list(record) == {"step": ["kind", "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"],
+                                "eval": ["kind", "step", "tokens", "seconds", "split", "loss", "bits_per_byte", "perplexity",
+                                         "logit_std"]}[record["kind"]]
+        assert record["tokens"] == record["step"] * config.batch_size * TINY.context_length
+    assert [r["step"] for r in middle if r["kind"] == "step"] == [1, 3, 6, 9, 12, 15, 18, 20]
+    assert [r["step"] for r in middle if r["kind"] == "eval"] == [0, 10, 20]
+    assert end == {"kind": "end", "status": "finished", "reason": None}
+    seconds = [r["seconds"] for r in middle]
+    assert seconds == sorted(seconds)
+    assert {p.name for p in result.folder.iterdir()} == {"config.json", "log.jsonl", "checkpoints", "tokenizer"}
+
+
+def test_tokens_count_targets_and_not_padding(config):
+    config = replace(config, rows="documents", steps=4)
+    rows = open_rows(config.train_tokens, TINY, "documents", Tokenizer.load(config.tokenizer))
+    targets = sum(int((rows.batch(4, config.seed, step)[1] != IGNORE_INDEX).sum()) for step in range(1, 5))
+    assert records(run(config))[-2]["tokens"] == targets < 4 * 4 * TINY.context_length
+
+
+def test_only_the_newest_checkpoints_stay(config):
+    result = run(replace(config, keep_checkpoints=3))
+    assert [p.name for p in list_checkpoints(result.folder)] == [f"step-{i:07d}.pt" for i in (20, 15, 10)]
+    state = torch.load(result.checkpoint, weights_only=True)
+    assert {"schema", "model", "optimizer", "iteration", "config", "random", "tokenizer_sha256"} <= state.keys()
+    assert config_from_dict(state["config"]) == resolve_config(replace(config, keep_checkpoints=3))
+
+
+def test_without_intervals_only_the_end_is_evaluated_and_saved(config):
+    result = run(replace(config, eval_every=0, checkpoint_every=0))
+    assert [r["step"] for r in records(result) if r["kind"] == "eval"] == [20]
+    assert list_checkpoints(result.folder) == [result.checkpoint]
+
+
+def test_a_diverging_run_is_stopped_and_keeps_the_good_checkpoint(config, monkeypatch):
+    def poison(run): next(run.model.parameters()).data.fill_(math.nan)
+    with at_step(11, poison, monkeypatch): result = run(config)
+    assert result.status == "diverged" and "step 12" in result.reason and result.checkpoint.name == "step-0000010.pt"
+    assert records(result)[-1] == {"kind": "end", "status": "diverged", "reason": result.reason}
+    assert all(torch.isfinite(p).all() for p in load_model(result.folder)[0].parameters())
+
+
+def test_a_learning_rate_far_too_high_diverges(config):
+    result = run(replace(config, max_lr=1e30, model=replace(TINY, norm="none")))
+    assert result.status == "diverged" and "max_lr" in result.reason
+
+
+def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(config, monkeypatch):
+    plain = torch.save
+    def full(state, file):
+        if state["iteration"] == 15: raise OSError(28, "No space left on device")
+        plain(state, file)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"): run(config)
+    monkeypatch.undo()
+    assert [p.name for p in list_checkpoints(config.runs_dir + "/run")] == ["step-0000010.pt", "step-0000005.pt"]
+    assert not list((list_checkpoints(config.runs_dir + "/run")[0].parent).glob("*.tmp"))
+    assert run(config, resume=True).status == "finished"
+
+
+def test_load_model(config, tmp_path):
+    result = run(config)
+    for source in result.folder, result.checkpoint:
+        model, model_config, tokenizer = load_model(source)
+        assert model_config == TINY and not model.training and tokenizer.vocab_size == 257
+        assert same_bits(model.state_dict(), torch.load(result.checkpoint, weights_only=True)["model"])
+    alone = tmp_path / "alone.pt"
+    alone.write_bytes(result.checkpoint.read_bytes())
+    assert load_model(alone)[2].vocab_size == 257  # where it was when training began
+    with pytest.raises(FileNotFoundError, match="no checkpoint"): load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing.pt"): load_model(tmp_path / "nothing.pt")
+    save_checkpoint(model, AdamW(model.parameters()), 1, alone)
+    with pytest.raises(ValueError, match="sizes"): load_model(alone)
+
+
+def test_load_model_does_not_take_another_tokenizer(config):
+    result = run(config)
+    merged = Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: b"ab"}, [(b"a", b"b")])
+    merged.save(result.folder / "tokenizer")
+    with pytest.warns(UserWarning, match="another tokenizer"): tokenizer = load_model(result.folder)[2]
+    assert tokenizer.sha256 == Tokenizer.load(config.tokenizer).sha256  # the one of the configuration's folder
+
+
+# Signals
+
+def test_stop_request_notes_once_and_interrupts_the_second_time():
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_train_runs_outside_the_main_thread(config):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(config)))
+    thread.start()
+    thread.join()
+    assert results[0].status == "finished"
+
+
+# Handout checkpoints
+
+@pytest.mark.parametrize("make", [AdamW, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.optim.Adam])
+@pytest.mark.parametrize("kind", ["path", "str", "file", "memory"])
+def test_checkpoint_round_trip(tmp_path, make, kind):
+    "As the course's own test: any module, any optimizer, a path or a file."
+    def network(): return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    model = network()
+    optimizer = make(model.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.rand(4, 5)).square().sum().backward()
+        optimizer.step()
+    path = tmp_path / "sub" / "x.pt" if kind in ("path", "str") else tmp_path / "x.pt"
+    if kind == "memory":
+        file = io.BytesIO()
+        save_checkpoint(model, optimizer, 3, file)
+        file.seek(0)
+    elif kind == "file":
+        with open(path, "wb") as file: save_checkpoint(model, optimizer, 3, file)
+        file = open(path, "rb")
+    else: save_checkpoint(model, optimizer, 3, file := str(path) if kind == "str" else path)
+    other = network()
+    other_optimizer = make(other.parameters())
+    assert load_checkpoint(file, other, other_optimizer) == 3
+    if kind == "file": file.close()
+    assert same_bits(model.state_dict(), other.state_dict())
+    a, b = optimizer.state_dict(), other_optimizer.state_dict()
+    assert a["param_groups"] == b["param_groups"] and all(same_bits(a["state"][i], b["state"][i]) for i in a["state"])
+
+
+def test_a_compiled_model_saves_under_plain_names(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    save_checkpoint(torch.compile(model, backend="eager"), torch.optim.SGD(model.parameters()), 1, tmp_path / "x.pt")
+    other = torch.nn.Linear(2, 2)
+    assert load_checkpoint(tmp_path / "x.pt", torch.compile(other, backend="eager")) == 1
+    assert same_bits(model.state_dict(), other.state_dict())
