@@ -112,13 +112,13 @@ def activation_numbers(config: ModelConfig, batch_size: int = 1, context_length:
     B, T = _rows_and_length(config, batch_size, context_length)
     d, L, narrow = config.d_model, config.num_layers, B * T * config.d_model
     square, wide = B * config.num_heads * T * T, B * T * config.d_ff
-    gated = _listed_ffn(config, ffn) == "swiglu"
-    layer = {"norms": 2 * narrow * (config.norm != "none"), "query, key, value": 3 * narrow, "scores": square, "softmax": square,
+    normed, gated, last = int(config.norm != "none"), int(_listed_ffn(config, ffn) == "swiglu"), int(config.norm == "pre")
+    layer = {"norms": 2 * normed * narrow, "query, key, value": 3 * narrow, "scores": square, "softmax": square,
              "weighted values": narrow, "attention output": narrow, "w1": wide, "silu": wide,
-             "w3": wide * gated, "gate product": wide * gated, "w2": narrow}
+             "w3": gated * wide, "gate product": gated * wide, "w2": narrow}
     logits = B * T * config.vocab_size
     return {**{name: L * numbers for name, numbers in layer.items()},
-            "final norm": narrow * (config.norm == "pre"), "logits": logits, "cross-entropy": logits}
+            "final norm": last * narrow, "logits": logits, "cross-entropy": logits}
 
 # %% ../nbs/10_accounting.ipynb #5472bc70
 def _listed_ffn(config: ModelConfig, ffn: str | None) -> str:

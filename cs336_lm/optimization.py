@@ -22,7 +22,7 @@ def token_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> T
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets must have the logits' shape without the last: {tuple(logits.shape)}, {tuple(targets.shape)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    shifted = logits - logits.amax(-1, keepdim=True).detach()
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
     log_sum = shifted.exp().sum(-1).log()
     kept = targets != ignore_index
     chosen = shifted.gather(-1, targets.where(kept, 0).long()[..., None]).squeeze(-1)
