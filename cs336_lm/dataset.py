@@ -22,11 +22,11 @@ from .tokenizer import Tokenizer, read_json
 if TYPE_CHECKING: import torch
 
 # %% auto #0
-__all__ = ['IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile', 'sidecar_path', 'encode_file', 'with_bar',
-           'map_npy', 'read_token_file', 'open_tokens', 'get_batch', 'check_length', 'to_tensors', 'document_starts',
-           'pad_rows', 'get_document_batch', 'document_piece', 'stream_pieces', 'document_pieces', 'padded_batches',
-           'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample', 'sample_documents',
-           'bytes_per_token']
+__all__ = ['IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile', 'sidecar_path', 'write_sidecar',
+           'encode_file', 'check_corpus', 'with_bar', 'map_npy', 'read_token_file', 'open_tokens', 'get_batch',
+           'check_sizes', 'to_tensors', 'document_starts', 'pad_rows', 'get_document_batch', 'document_piece',
+           'stream_pieces', 'document_pieces', 'padded_batches', 'evaluation_batches', 'document_evaluation_batches',
+           'reservoir_sample', 'sample_documents', 'bytes_per_token']
 
 # %% ../nbs/06_dataset.ipynb #f4877560
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -70,13 +70,18 @@ class TokenFile:
     corpus: dict  # name, bytes, documents, sha256: of the text file
     tokenizer: dict  # vocab_size, sha256, trained_on
 
-
+# %% ../nbs/06_dataset.ipynb #933c54f9
 def sidecar_path(path: str | os.PathLike) -> Path:
     "Where the description of a token file stands. `ValueError` if `path` does not end in .npy."
     if Path(path).suffix != ".npy": raise ValueError(f"{path}: the name of a token file ends in .npy.")
     return Path(path).with_suffix(".json")
 
-# %% ../nbs/06_dataset.ipynb #933c54f9
+def write_sidecar(about: TokenFile) -> None:
+    "Write the description beside its token file. The path in it has no folder, so the two can be moved together."
+    content = asdict(about) | {"path": about.path.name}
+    with write_aside(sidecar_path(about.path), "w") as file: file.write(json.dumps(content, indent=1) + "\n")
+
+# %% ../nbs/06_dataset.ipynb #ff7f67dd
 def encode_file(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path: str | os.PathLike, *,
                 corpus_name: str | None = None, progress: bool = False) -> TokenFile:
     """Encode a UTF-8 text file to a flat `.npy` of ids with its description beside it, in constant memory.
@@ -84,18 +89,24 @@ def encode_file(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path
     Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
     `output_path` does not end in .npy. `corpus_name` defaults to the file's name.
     """
-    sidecar, corpus, dtype = sidecar_path(output_path), describe_file(input_path, corpus_name), token_dtype(tokenizer.vocab_size)
-    if not corpus["bytes"]: raise ValueError(f"{input_path} is empty: there is nothing to encode.")
-    if corpus["documents"] > 1 and END_OF_TEXT not in tokenizer.special_tokens:
-        warnings.warn(f"{END_OF_TEXT} separates documents in {input_path} but is no special token of the tokenizer: "
-                      "the ids will not show where documents end.", stacklevel=2)
+    sidecar, dtype = sidecar_path(output_path), token_dtype(tokenizer.vocab_size)
+    corpus = describe_file(input_path, corpus_name)
+    check_corpus(corpus, tokenizer, input_path)
     sidecar.unlink(missing_ok=True)  # an old description must never stand beside new ids
     ids = tokenizer.encode_iterable(with_bar(read_text(input_path), corpus["bytes"], progress))
     tokens = write_npy(output_path, dtype, id_arrays(ids, dtype))
-    about = {name: getattr(tokenizer, name) for name in ("vocab_size", "sha256", "trained_on")}
-    written = TokenFile(Path(output_path), dtype.name, tokens, corpus["bytes"], corpus["documents"], corpus, about)
-    with write_aside(sidecar, "w") as file: file.write(json.dumps(asdict(written) | {"path": sidecar.stem + ".npy"}, indent=1) + "\n")
-    return written
+    maker = {name: getattr(tokenizer, name) for name in ("vocab_size", "sha256", "trained_on")}
+    about = TokenFile(Path(output_path), dtype.name, tokens, corpus["bytes"], corpus["documents"], corpus, maker)
+    write_sidecar(about)
+    return about
+
+# %% ../nbs/06_dataset.ipynb #a76cd1b8
+def check_corpus(corpus: dict, tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+    "`ValueError` for an empty text; a warning if it has documents whose separator is ordinary text to the tokenizer."
+    if not corpus["bytes"]: raise ValueError(f"{path} is empty: there is nothing to encode.")
+    if corpus["documents"] > 1 and END_OF_TEXT not in tokenizer.special_tokens:
+        warnings.warn(f"{END_OF_TEXT} separates documents in {path} but is no special token of the tokenizer: "
+                      "the ids will not show where documents end.", stacklevel=3)
 
 
 def with_bar(blocks: Iterable[str], total: int, progress: bool) -> Iterator[str]:
@@ -112,16 +123,19 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a whole .npy file ({error}). Encode the text again.") from None
     size, expected = os.path.getsize(path), getattr(tokens, "offset", 0) + tokens.nbytes
-    if size != expected: raise ValueError(f"{path} has {size:,} bytes, its header says {expected:,}. Encode the text again.")
+    if size != expected:
+        raise ValueError(f"{path} has {size:,} bytes, its header says {expected:,}. Encode the text again.")
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
-        raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; a token file is a flat array of integers.")
+        raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; "
+                         "a token file is a flat array of integers.")
     return tokens
 
 # %% ../nbs/06_dataset.ipynb #a0a95f49
 def read_token_file(path: str | os.PathLike) -> TokenFile:
     "The description of the token file `path`; `FileNotFoundError` or `ValueError` naming the file."
     sidecar = sidecar_path(path)
-    if not sidecar.is_file(): raise FileNotFoundError(f"{sidecar}, the description of {path}, is missing. Encode the text again.")
+    if not sidecar.is_file():
+        raise FileNotFoundError(f"{sidecar}, the description of {path}, is missing. Encode the text again.")
     content = read_json(sidecar)
     try: about = TokenFile(**(content | {"path": Path(path)}))
     except TypeError as error: raise ValueError(f"{sidecar} does not describe a token file ({error}).") from None
@@ -154,21 +168,21 @@ def get_batch(dataset: np.ndarray, batch_size: int, context_length: int, device:
     """Random windows of a token stream: inputs x and targets y, each (batch_size, context_length), int64, y one later.
 
     Each of the n - context_length starts is equally likely (handout problem `data_loading`). Without `rng` every call
-    is different. Raises `ValueError` for a stream of fewer than context_length + 1 ids; errors of `device` pass through.
+    is different. Raises `ValueError` for a stream of fewer than context_length + 1 ids; errors of `device` pass.
     """
-    check_length(dataset, context_length)
+    check_sizes(dataset, batch_size, context_length, context_length + 1)
     starts = (rng or np.random.default_rng()).integers(len(dataset) - context_length, size=batch_size)
     rows = np.stack([dataset[start:start + context_length + 1] for start in starts]).astype(np.int64)
     return to_tensors(rows[:, :-1], rows[:, 1:], device)
 
 # %% ../nbs/06_dataset.ipynb #fe608c74
-def check_length(dataset: np.ndarray, context_length: int, least: int | None = None) -> None:
-    "`ValueError` where a stream has fewer ids than one window needs (context_length + 1, or `least`)."
-    if context_length < 1: raise ValueError(f"context_length must be at least 1, not {context_length}.")
-    least = context_length + 1 if least is None else least
+def check_sizes(dataset: np.ndarray, batch_size: int, context_length: int, least: int) -> None:
+    "`ValueError` for a batch without rows, a context without places, or a stream of fewer than `least` ids."
+    for name, value in (("batch_size", batch_size), ("context_length", context_length)):
+        if value < 1: raise ValueError(f"{name} must be at least 1, not {value}.")
     if len(dataset) < least:
-        raise ValueError(f"The token stream has {len(dataset)} ids; context_length {context_length} needs at least {least}. "
-                         "Use a longer text or a shorter context.")
+        raise ValueError(f"The token stream has {len(dataset)} ids; context_length {context_length} needs at least "
+                         f"{least}. Use a longer text or a shorter context.")
 
 
 def to_tensors(x: np.ndarray, y: np.ndarray, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,7 +202,7 @@ def document_starts(tokens: np.ndarray, separator_id: int, block: int = 1 << 24)
 
 # %% ../nbs/06_dataset.ipynb #0cc6cd01
 def pad_rows(pieces: Sequence[np.ndarray], context_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    "Inputs and targets, each (pieces, context_length), of runs of 2 to context_length + 1 ids; padding is not a target."
+    "Inputs and targets, each (pieces, context_length), of runs of 2 to context_length + 1 ids; padding is no target."
     x = np.full((len(pieces), context_length), pad_id, dtype=np.int64)
     y = np.full((len(pieces), context_length), IGNORE_INDEX, dtype=np.int64)
     for row, piece in enumerate(pieces):
@@ -200,19 +214,19 @@ def pad_rows(pieces: Sequence[np.ndarray], context_length: int, pad_id: int) -> 
 def get_document_batch(dataset: np.ndarray, starts: np.ndarray, batch_size: int, context_length: int, separator_id: int,
                        device: str | torch.device = "cpu", rng: np.random.Generator | None = None,
                        ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random documents, one a row: the separator, the document, padding; x and y are (batch_size, context_length), int64.
+    """Random documents, one a row, as inputs x and targets y, each (batch_size, context_length), int64.
 
-    `starts` are those of `document_starts` or some of them, each equally likely. The closing separator is a target;
-    padding has the target `IGNORE_INDEX`. Of a document longer than the context only the beginning is taken.
-    Raises `ValueError` where there are no documents.
+    A row is the separator, the document, padding. `starts` are those of `document_starts` or some of them, each
+    equally likely. The closing separator is a target; padding has the target `IGNORE_INDEX`. Of a document longer than
+    the context only the beginning is taken. Raises `ValueError` where there are no documents.
     """
     if not len(starts): raise ValueError("There are no documents to draw from: `starts` is empty.")
-    check_length(dataset, context_length, least=1)
+    check_sizes(dataset, batch_size, context_length, 1)
     chosen = starts[(rng or np.random.default_rng()).integers(len(starts), size=batch_size)]
     pieces = [document_piece(dataset[start:start + context_length], separator_id) for start in chosen]
     return to_tensors(*pad_rows(pieces, context_length, separator_id), device)
 
-
+# %% ../nbs/06_dataset.ipynb #1e53f7a9
 def document_piece(window: np.ndarray, separator_id: int) -> np.ndarray:
     "The separator and then `window` up to its first separator, that one included."
     ends = np.flatnonzero(window == separator_id)
@@ -235,7 +249,6 @@ def document_pieces(tokens: np.ndarray, context_length: int, separator_id: int) 
 def padded_batches(pieces: Iterable[np.ndarray], batch_size: int, context_length: int, pad_id: int,
                    device: str | torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     "Rows from `pieces` in order, `batch_size` at a time; the last batch may have fewer rows."
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
     pieces = iter(pieces)
     while rows := list(islice(pieces, batch_size)):
         yield to_tensors(*pad_rows(rows, context_length, pad_id), device)
@@ -243,22 +256,23 @@ def padded_batches(pieces: Iterable[np.ndarray], batch_size: int, context_length
 # %% ../nbs/06_dataset.ipynb #75fa1cb3
 def evaluation_batches(dataset: np.ndarray, batch_size: int, context_length: int,
                        device: str | torch.device = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The whole stream as batches (x, y) of (at most batch_size, context_length), int64: every id but the first is a target once.
+    """The whole stream as batches (x, y), int64: every id but the first is a target once.
 
-    What does not count has the target `IGNORE_INDEX`. Raises `ValueError` for a stream of fewer than two ids.
+    Both are (at most batch_size, context_length); padding has the target `IGNORE_INDEX`. Raises `ValueError` for a
+    stream of fewer than two ids.
     """
-    check_length(dataset, context_length, least=2)
+    check_sizes(dataset, batch_size, context_length, 2)
     return padded_batches(stream_pieces(dataset, context_length), batch_size, context_length, 0, device)
 
-
+# %% ../nbs/06_dataset.ipynb #47ec9623
 def document_evaluation_batches(dataset: np.ndarray, batch_size: int, context_length: int, separator_id: int,
                                 device: str | torch.device = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All documents as batches (x, y) of (at most batch_size, context_length), int64: every id is a target once.
+    """All documents as batches (x, y), int64: every id is a target once.
 
-    Each document starts at the separator, as in `get_document_batch`; a long one goes on in further rows, which begin
-    in its middle. Raises `ValueError` for an empty stream.
+    Both are (at most batch_size, context_length). Each document starts at the separator, as in `get_document_batch`; a
+    long one goes on in further rows, which begin in its middle. Raises `ValueError` for an empty stream.
     """
-    check_length(dataset, context_length, least=1)
+    check_sizes(dataset, batch_size, context_length, 1)
     pieces = document_pieces(dataset, context_length, separator_id)
     return padded_batches(pieces, batch_size, context_length, separator_id, device)
 
@@ -267,7 +281,7 @@ T = TypeVar("T")
 
 
 def reservoir_sample(items: Iterable[T], count: int, rng: np.random.Generator) -> list[T]:
-    "`count` of the items, each set of them equally likely, in one pass (Vitter 1985, algorithm R); all, if they are fewer."
+    "`count` of the items (all, if fewer) in one pass, each set of them equally likely: Vitter 1985, algorithm R."
     kept: list[T] = []
     for i, item in enumerate(items):
         if i < count: kept.append(item)

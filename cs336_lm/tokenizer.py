@@ -15,11 +15,11 @@ from .corpora import write_aside
 from .pretokenization import check_special_tokens, pretokenize, split_special
 
 # %% auto #0
-__all__ = ['CACHE_ENTRIES', 'CACHE_CHARS', 'LONG_PRETOKEN', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'merge_in_order', 'merge_by_rank',
-           'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials', 'join_tokens', 'text_parts', 'remember',
-           'encode_utf8', 'look_up', 'ByteLevelBPE', 'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces',
-           'byte_to_unicode', 'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'Tokenizer',
-           'save_tokenizer', 'read_specials', 'load_tokenizer']
+__all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'merge_in_order',
+           'merge_by_rank', 'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials', 'join_tokens',
+           'text_parts', 'new_cache', 'remember', 'encode_utf8', 'look_up', 'ByteLevelBPE', 'proper_beginnings',
+           'open_places', 'settled_parts', 'cut_pieces', 'byte_to_unicode', 'token_to_text', 'text_to_token',
+           'read_json', 'read_vocab', 'read_merges', 'Tokenizer', 'save_tokenizer', 'read_specials', 'load_tokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #1fe35062
 def merge_in_order(pretoken: bytes, merges: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
@@ -58,6 +58,9 @@ def merge_with_heap(pretoken: bytes, ranks: Mapping[tuple[bytes, bytes], int]) -
     return [part for part in parts if part]
 
 # %% ../nbs/05_tokenizer.ipynb #2ea40454
+LONG_PRETOKEN = 8  # bytes: from here on the heap is quicker than the scan
+
+
 def _join(parts: list, left: list, right: list, heap: list, ranks: Mapping, i: int) -> None:
     "Join part i with its right neighbour and offer the two pairs that this makes."
     j = right[i]
@@ -111,18 +114,22 @@ def text_parts(text: str, special_tokens: Sequence[str]) -> Iterator[tuple[str, 
         else: yield from ((word, False) for word in pretokenize(part))
 
 # %% ../nbs/05_tokenizer.ipynb #cb7e2bea
-CACHE_ENTRIES = 1 << 16  # at most about 20 MB
-CACHE_CHARS = 48  # longer pre-tokens hardly ever come twice
-LONG_PRETOKEN = 96  # bytes; from here on the heap beats the scan
+CACHE_SLOTS = 1 << 15  # about 5 MB
+CACHE_CHARS, CACHE_IDS = 24, 4  # longer pre-tokens, and those of more tokens, are not kept
 
 
-def remember(cache: dict[str, list[int]], pretoken: str, ids: list[int]) -> None:
-    "Put a short pre-token into a bounded cache. Where memory is short the cache is emptied instead."
-    if len(pretoken) > CACHE_CHARS: return
-    try:
-        if len(cache) >= CACHE_ENTRIES: cache.clear()
-        cache[pretoken] = ids
-    except MemoryError: cache.clear()
+def new_cache() -> tuple[list[str], list[tuple[int, ...]]]:
+    "Keys and ids, one of each a slot. The first keys hold a line break and digits, which no pre-token does."
+    keys = [f"\n{slot:<{CACHE_CHARS // 2 + slot % (CACHE_CHARS // 2)}}" for slot in range(CACHE_SLOTS)]
+    return keys, [tuple([slot] * (1 + slot % CACHE_IDS)) for slot in range(CACHE_SLOTS)]
+
+
+def remember(cache: tuple[list[str], list[tuple[int, ...]]], pretoken: str, ids: tuple[int, ...]) -> None:
+    "Put a short pre-token into its slot, in the place of what was there."
+    if len(pretoken) > CACHE_CHARS or len(ids) > CACHE_IDS: return
+    keys, values = cache
+    slot = hash(pretoken) % CACHE_SLOTS
+    keys[slot], values[slot] = pretoken, ids
 
 # %% ../nbs/05_tokenizer.ipynb #f802e16a
 def encode_utf8(text: str) -> bytes:
@@ -133,9 +140,9 @@ def encode_utf8(text: str) -> bytes:
                          f"Read the file as UTF-8 with errors='replace', or repair the text.") from None
 
 
-def look_up(tokens: Sequence[bytes], ids: Mapping[bytes, int]) -> list[int]:
+def look_up(tokens: Sequence[bytes], ids: Mapping[bytes, int]) -> tuple[int, ...]:
     "The ids of tokens; `ValueError` naming the first that the vocabulary lacks (it can only be a single byte)."
-    try: return [ids[token] for token in tokens]
+    try: return tuple([ids[token] for token in tokens])
     except KeyError as error:
         raise ValueError(f"The byte {error.args[0]!r} is not in the vocabulary: it does not hold all 256.") from None
 
@@ -153,7 +160,7 @@ class ByteLevelBPE:
         append_specials(self.vocab, self._ids, self.special_tokens)
         for left, right in self.merges: check_merge(left, right, self._ids)
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
-        self._cache: dict[str, list[int]] = {}
+        self._cache = new_cache()
 
     def encode(self, text: str) -> list[int]:
         "The ids of a text. Raises `ValueError` for a byte that the vocabulary lacks and for lone surrogates."
@@ -180,12 +187,15 @@ class ByteLevelBPE:
 
     def _ids_of(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
         ids: list[int] = []
+        keys, values = self._cache
         for part, is_special in parts:
+            slot = hash(part) % CACHE_SLOTS
             if is_special: ids.append(self._ids[part.encode()])
-            else: ids.extend(self._cache.get(part) or self._encode_pretoken(part))
+            elif keys[slot] == part: ids.extend(values[slot])
+            else: ids.extend(self._encode_pretoken(part))
         return ids
 
-    def _encode_pretoken(self, pretoken: str) -> list[int]:
+    def _encode_pretoken(self, pretoken: str) -> tuple[int, ...]:
         data = encode_utf8(pretoken)
         merge = merge_by_rank if len(data) < LONG_PRETOKEN else merge_with_heap
         ids = look_up(merge(data, self._ranks), self._ids)
@@ -312,7 +322,7 @@ class Tokenizer(ByteLevelBPE):
     Raises `ValueError` where vocabulary, merges and special tokens do not fit together.
     """
 
-    def encode_iterable(self, pieces: Iterable[str], *, block_chars: int = 4096) -> Iterator[int]:
+    def encode_iterable(self, pieces: Iterable[str], *, block_chars: int = 1024) -> Iterator[int]:
         """The ids of the joined pieces, one by one and in constant memory, wherever the pieces end.
 
         Ids come once about `block_chars` characters of text are together. Memory grows only with the longest
@@ -374,7 +384,7 @@ def read_specials(path: str | os.PathLike) -> list[str]:
     if isinstance(content, list) and all(isinstance(token, str) and token for token in content): return content
     raise ValueError(f"{path}: special tokens are a JSON list of strings, none of them empty.")
 
-
+# %% ../nbs/05_tokenizer.ipynb #2f5370c9
 def load_tokenizer(cls: type[Tokenizer], directory: Path) -> Tokenizer:
     "Read a tokenizer's folder; only GPT-2's two files must be there."
     for name in ("vocab.json", "merges.txt"):
@@ -389,6 +399,6 @@ def load_tokenizer(cls: type[Tokenizer], directory: Path) -> Tokenizer:
 
 def _check_meta(tokenizer: Tokenizer, meta: dict, directory: Path) -> None:
     if not isinstance(meta, dict) or meta.get("sha256", tokenizer.sha256) != tokenizer.sha256:
-        raise ValueError(f"{directory}: the files do not fit together, meta.json names another tokenizer than the other "
-                         f"files make. Save the tokenizer again, or remove meta.json if the change was meant.")
+        raise ValueError(f"{directory}: the files do not fit together, meta.json names another tokenizer than the "
+                         f"other files make. Save the tokenizer again, or remove meta.json if the change was meant.")
     tokenizer.trained_on = meta.get("trained_on")

@@ -1,4 +1,4 @@
-"""Chapter 5: encoding and decoding, streams, files, against `tiktoken`, `tokenizers` and `transformers`, and by faults."""
+"""Chapter 5: encoding, streams and files; against `tiktoken`, `tokenizers`, `transformers`; by faults."""
 import json
 import subprocess
 import sys
@@ -16,21 +16,23 @@ from cs336_lm.tokenizer import (BYTE_TO_CHAR, Tokenizer, merge_by_rank, merge_in
                                 text_to_token, token_to_text)
 
 END = "<|endoftext|>"
-SAMPLE = """Once upon a time, there was a little fox who couldn't sleep. "You'll see," said the owl, "we've got all night!"
-The fox didn't see. It's 1999, or 2024; they'd walk 12 miles, and I'm told they're walking still.
+SAMPLE = """Once upon a time, there was a little fox who couldn't sleep. "You'll see," said the owl, "we've got
+all night!" The fox didn't see. It's 1999, or 2024; they'd walk 12 miles, and I'm told they're walking still.
 
   The moon (a thin, thin moon) rose over the hills -- café, naïve, 東京, 你好, 🙂🙂 ...\tand\r\n\r\nthat was that.
 """ * 3
 counts = Counter(word.encode() for word in pretokenize(SAMPLE))
 VOCAB, MERGES = train_bpe_from_counts(counts, 256 + 150 + 1, [END])
+VOCAB_IDS = {token: id for id, token in VOCAB.items()}
 plain = Tokenizer(VOCAB, MERGES, [END])
 SPECIALS = [END, "<|a|>", "<|a|><|b|>", "|><", "aba", "ab", "'l", " \n", "é"]
 nested = Tokenizer(VOCAB, MERGES, SPECIALS)
 BEGINNINGS = chapter.proper_beginnings(SPECIALS)
 quick = settings(deadline=None, max_examples=150)
-# Text that hits the dangerous places often: apostrophes, white space, parts of special tokens, several bytes a character.
-fragments = st.sampled_from([*SPECIALS, "<|", "|>", "<|endof", "'", "l", "ll", "'ll", "'ve", "'v", "re", " ", "  ", "\n", "\r\n",
-                             "\t", "\u00a0", "a", "b", "the", " the", "12", "!", "?!", "é", "🙂", "你好", "\x00", "\u0301", "ǅ"])
+# Text that hits the dangerous places often: apostrophes, white space, parts of special tokens, bytes of one character.
+fragments = st.sampled_from([*SPECIALS, "<|", "|>", "<|endof", "'", "l", "ll", "'ll", "'ve", "'v", "re", " ", "  ",
+                             "\n", "\r\n", "\t", "\u00a0", "a", "b", "the", " the", "12", "!", "?!",
+                             "é", "🙂", "你好", "\x00", "\u0301", "ǅ"])
 tricky = st.lists(st.one_of(fragments, st.text(max_size=3)), max_size=25).map("".join)
 
 
@@ -66,7 +68,7 @@ def test_by_the_definition(text):
     ids = []
     for number, part in enumerate(text.split(END)):
         if number: ids.append(plain.token_to_id(END))
-        for word in pretokenize(part): ids += [plain.token_to_id(token) for token in merge_in_order(word.encode(), MERGES)]
+        for word in pretokenize(part): ids += [VOCAB_IDS[token] for token in merge_in_order(word.encode(), MERGES)]
     assert plain.encode(text) == ids
 
 
@@ -74,7 +76,8 @@ def test_by_the_definition(text):
 @given(st.binary(max_size=40).map(lambda data: bytes(b"ab c"[byte % 4] for byte in data)), st.integers(0, 2**32 - 1))
 def test_three_ways_to_merge(word, seed):
     rng = np.random.default_rng(seed)
-    _, merges = train_bpe_from_counts(Counter(bytes(rng.choice(list(b"ab c"), size=9).tolist()) for _ in range(12)), 256 + 25, [])
+    counts = Counter(bytes(rng.choice(list(b"ab c"), size=9).tolist()) for _ in range(12))
+    _, merges = train_bpe_from_counts(counts, 256 + 20, [])
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     assert merge_in_order(word, merges) == merge_by_rank(word, ranks) == merge_with_heap(word, ranks)
 
@@ -101,7 +104,8 @@ def test_special_tokens_longest_wins_and_missing_ones_are_appended():
 
 def test_decode_malformed_bytes_and_foreign_ids():
     e_acute = [plain.token_to_id(bytes([byte])) for byte in "é".encode()]
-    assert plain.decode(e_acute) == "é" and plain.decode(e_acute[:1]) == "\ufffd" and plain.decode(e_acute[1:] + [97]) == "\ufffda"
+    assert plain.decode(e_acute) == "é" and plain.decode(e_acute[:1]) == "\ufffd"
+    assert plain.decode(e_acute[1:] + [97]) == "\ufffda"
     assert plain.decode([]) == "" and plain.decode(np.array(plain.encode("a fox"), dtype=np.uint16)) == "a fox"
     assert plain.decode(iter(plain.encode("a fox"))) == "a fox"
     for bad in (len(VOCAB), -1, 10**9):
@@ -115,11 +119,16 @@ def test_any_ids_decode_and_invalid_bytes_give_replacement_characters(ids):
 
 
 def test_cache_stays_bounded_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(chapter, "CACHE_ENTRIES", 10)
+    monkeypatch.setattr(chapter, "CACHE_SLOTS", 7)  # so that nearly every word throws out another
     small = Tokenizer(VOCAB, MERGES, [END])
     text = " ".join(f"word{i % 37}" for i in range(300)) + " " + "x" * 5000
-    assert small.encode(text) == plain.encode(text) and len(small._cache) <= 10
-    assert all(len(word) <= chapter.CACHE_CHARS for word in small._cache)
+    expected = [VOCAB_IDS[token] for word in pretokenize(text) for token in merge_in_order(word.encode(), MERGES)]
+    assert small.encode(text) == small.encode(text) == expected
+    assert [len(part) for part in small._cache] == [7, 7] and max(map(len, small._cache[0])) <= chapter.CACHE_CHARS
+
+
+def test_no_pretoken_equals_a_placeholder_of_the_cache():
+    for key in chapter.new_cache()[0][::97]: assert len(list(pretokenize(key))) > 1
 
 
 # ---- streams
@@ -140,11 +149,13 @@ def test_settled_parts_hold_for_every_continuation(text, rest):
     assert list(chapter.text_parts(text + rest, SPECIALS))[:len(settled)] == settled
 
 
-@pytest.mark.parametrize("text", ["you'll", "they've", "we're", "a  \n\n b", "a <|endoftext|> b", "<|a|><|b|>", "<|a|><|", "\n\n\nb", "🙂'", "x "])
+@pytest.mark.parametrize("text", ["you'll", "they've", "we're", "a  \n\n b", "a <|endoftext|> b", "<|a|><|b|>",
+                                  "<|a|><|", "\n\n\nb", "🙂'", "x "])
 def test_every_single_cut(text):
     for cut in range(len(text) + 1):
         assert list(nested.encode_iterable([text[:cut], text[cut:]], block_chars=1)) == nested.encode(text)
-    assert list(nested.encode_iterable(text, block_chars=1)) == list(nested.encode_iterable(iter([text]))) == nested.encode(text)
+    assert list(nested.encode_iterable(text, block_chars=1)) == nested.encode(text)
+    assert list(nested.encode_iterable(iter([text]))) == nested.encode(text)
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", "=", "你", " ", "\n", "<|endof", "<|a|>", "'l", "'"])
@@ -219,9 +230,10 @@ def test_save_and_load(tokenizer, tmp_path):
     tokenizer = Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, trained_on="a fox")
     tokenizer.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.vocab, loaded.merges, loaded.special_tokens) == (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
+    for name in ("vocab", "merges", "special_tokens"): assert getattr(loaded, name) == getattr(tokenizer, name)
     assert loaded.trained_on == "a fox" and loaded.sha256 == tokenizer.sha256
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "meta.json", "special_tokens.json", "vocab.json"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"merges.txt", "meta.json", "special_tokens.json", "vocab.json"}
     assert (tmp_path / "merges.txt").read_text(encoding="utf-8").startswith("#version: 0.2\n")
     other = Tokenizer.from_files(tmp_path / "vocab.json", str(tmp_path / "merges.txt"), [END])
     assert other.encode(SAMPLE + END) == plain.encode(SAMPLE + END)
@@ -313,7 +325,7 @@ def damage(folder, name, change):
     ("vocab.json", lambda data: data.replace(b'"A": 65, ', b""), "byte b'A' .'A'. is missing, 1 of 256"),
     ("vocab.json", lambda data: data.replace(b": 65,", b": 66,"), "id 66 has two tokens"),
     ("vocab.json", lambda data: data.replace(b'"A": 65', b'"A": 65, "A": 9999'), "'A' stands there twice"),
-    ("merges.txt", lambda data: data + "x Ġzzz\n".encode(), f"line {len(MERGES) + 2}: merge .* b' zzz' is not in the vocabulary"),
+    ("merges.txt", lambda data: data + "x Ġzzz\n".encode(), f"line {len(MERGES) + 2}: merge .* b' zzz' is not in"),
     ("merges.txt", lambda data: data + b"q q\n", f"line {len(MERGES) + 2}: merge .* b'qq' is not in the vocabulary"),
     ("merges.txt", lambda data: data.rstrip().rsplit(b" ", 1)[0], f"line {len(MERGES) + 1}: .* not two tokens"),
     ("merges.txt", lambda data: b"#version: 0.2\n\xff \xfe\n", "line 2: not UTF-8"),
@@ -333,7 +345,8 @@ def test_missing_files(tmp_path):
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(FileNotFoundError, match="merges.txt is missing"): Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"): Tokenizer.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="merges.txt"): Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    with pytest.raises(FileNotFoundError, match="merges.txt"):
+        Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError): plain.save(tmp_path / "file")
 
