@@ -56,8 +56,9 @@ def _check_sizes(vocab_size: int, special_tokens: Iterable[str]) -> tuple[str, .
     if not hasattr(vocab_size, "__index__"):
         raise ValueError(f"vocab_size must be a whole number, not {vocab_size!r}")
     least = 256 + len(tokens)
-    if vocab_size < least: raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(tokens)} special "
-                                            f"token(s) need at least {least}")
+    if vocab_size < least:
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(tokens)} special token(s) "
+                         f"need at least {least}")
     return tokens
 
 # %% ../nbs/04_bpe.ipynb #78220772
@@ -65,14 +66,14 @@ def _vocabulary(merges: list[Pair], vocab_size: int, special_tokens: tuple[str, 
     "Bytes, merges, special tokens, numbered in this order. Warns if they are fewer than `vocab_size`."
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges] + [t.encode() for t in special_tokens]
     if len(tokens) < vocab_size:
-        warnings.warn(f"the text has no more pairs to merge: the vocabulary has {len(tokens):,} entries, not {vocab_size:,}",
-                      stacklevel=3)
+        warnings.warn("the text has no more pairs to merge: "
+                      f"the vocabulary has {len(tokens):,} entries, not {vocab_size:,}", stacklevel=3)
     return dict(enumerate(tokens))
 
 # %% ../nbs/04_bpe.ipynb #6f6d208b
 def train_bpe_naive(counts: Mapping[bytes, int], vocab_size: int,
                     special_tokens: Iterable[str] = ()) -> tuple[dict[int, bytes], list[Pair]]:
-    """The vocabulary (id to bytes) and the merges in order, from pre-token counts; counts all pairs anew for each merge.
+    """The vocabulary (id to bytes) and the merges in order, from pre-token counts: all pairs counted for each merge.
 
     The specification of `train_bpe_from_counts`, which see. Source: Sennrich et al. 2016; handout problem train_bpe."""
     specials, merges = _check_sizes(vocab_size, special_tokens), []
@@ -106,16 +107,17 @@ class PairTable:
 # %% ../nbs/04_bpe.ipynb #2b3247e2
 def merge_in_table(table: PairTable, pair: tuple[int, int], new_id: int) -> set[tuple[int, int]]:
     "Replace `pair` by `new_id` in every word, with counts and places brought up to date; the pairs that were born."
-    born = set()
+    born, counts = set(), table.counts
     for w in table.places.pop(pair, ()):
-        old = table.words[w]
+        old, weight = table.words[w], table.weights[w]
         table.words[w] = new = merge_pair(old, pair, new_id)
-        for p in zip(old, old[1:]): table.counts[p] -= table.weights[w]
+        if len(new) == len(old): continue  # an earlier merge has taken the pair out of this word
+        for p in zip(old, old[1:]): counts[p] -= weight
         for p in zip(new, new[1:]):
             if new_id in p:
                 table._add(p, w)
                 born.add(p)
-            else: table.counts[p] += table.weights[w]
+            else: counts[p] += weight
     return born
 
 # %% ../nbs/04_bpe.ipynb #9f901362
@@ -158,7 +160,7 @@ def train_bpe_from_counts(counts: Mapping[bytes, int], vocab_size: int, special_
                           progress: bool = False) -> tuple[dict[int, bytes], list[Pair]]:
     """The vocabulary (id to bytes) and the merges in order, from pre-token counts (`count_pretokens`).
 
-    Ids: the bytes 0..255, one for each merge, the special tokens last. Warns where the pairs run out before `vocab_size`.
+    Ids: the bytes 0..255, one for each merge, the special tokens last. Warns where the pairs run out too early.
     ValueError if `vocab_size` is below 256 + special tokens or a special token is given twice.
     Source: Sennrich et al. 2016; tie rule: handout problem train_bpe."""
     specials = _check_sizes(vocab_size, special_tokens)
@@ -169,11 +171,12 @@ def train_bpe_from_counts(counts: Mapping[bytes, int], vocab_size: int, special_
 # %% ../nbs/04_bpe.ipynb #f1990f37
 def train_bpe(input_path: str | os.PathLike, vocab_size: int, special_tokens: Iterable[str], *, num_processes: int = 1,
               progress: bool = False) -> tuple[dict[int, bytes], list[Pair]]:
-    """Train a byte-level BPE on a text file: the vocabulary (id to bytes) and the merges in the order they were learned.
+    """Train a byte-level BPE on a text file: the vocabulary (id to bytes) and the merges in the order of learning.
 
-    `vocab_size` counts the 256 bytes, the merges and `special_tokens`, which separate the text and come last. The result
-    does not depend on `num_processes`. Warns where the text is too small for `vocab_size`. FileNotFoundError if there is
-    no file; ValueError if it is empty or not UTF-8, or the sizes do not fit (see `train_bpe_from_counts`).
+    `vocab_size` counts the 256 bytes, the merges and `special_tokens`, which separate the text and come last.
+    The result does not depend on `num_processes`. Warns where the text is too small for `vocab_size`.
+    FileNotFoundError if there is no file; ValueError if it is empty or not UTF-8, or the sizes do not fit (see
+    `train_bpe_from_counts`).
     Source: handout problem train_bpe."""
     specials = _check_sizes(vocab_size, special_tokens)
     if os.path.getsize(input_path) == 0: raise ValueError(f"{input_path} is empty: there is nothing to train on")

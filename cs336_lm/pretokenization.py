@@ -111,7 +111,9 @@ def read_text(path: str | os.PathLike, block_bytes: int = 1 << 20) -> Iterator[s
 
 # %% ../nbs/03_pretokenization.ipynb #8d4bf621
 def read_chunks(path: str | os.PathLike, special_tokens: Iterable[str], chunk_bytes: int = 1 << 20) -> Iterator[str]:
-    "The text of a UTF-8 file in chunks whose counts add up to the file's; each about `chunk_bytes` where cuts allow it."
+    """The text of a UTF-8 file in chunks whose counts add up to the file's, each about `chunk_bytes` long.
+
+    Where a text has no safe place for longer than that, the chunk is as long as it must be."""
     tokens, tail = check_special_tokens(special_tokens), ""
     longest = max(map(len, tokens), default=1)
     for block in read_text(path, chunk_bytes):
@@ -126,7 +128,8 @@ def read_chunks(path: str | os.PathLike, special_tokens: Iterable[str], chunk_by
 MIN_PARALLEL_BYTES = 8 << 20  # below this size one process is as quick as several
 
 
-def _count_in_processes(chunks: Iterable[str], special_tokens: tuple[str, ...], num_processes: int) -> Iterator[Counter]:
+def _count_in_processes(chunks: Iterable[str], special_tokens: tuple[str, ...],
+                        num_processes: int) -> Iterator[Counter[str]]:
     "`count_text` of each chunk, in order. Ctrl-C reaches the parent alone, which then lets the workers end."
     pool = ProcessPoolExecutor(num_processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     with pool:
@@ -144,8 +147,8 @@ def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, n
     The result does not depend on `num_processes` and `chunk_bytes`. Memory grows with the distinct pre-tokens, not with
     the file. FileNotFoundError if there is no file; ValueError, with the byte offset, if it is not UTF-8.
     Source: handout problem train_bpe."""
-    if num_processes < 1: raise ValueError(f"num_processes must be at least 1, not {num_processes}")
-    if chunk_bytes < 1: raise ValueError(f"chunk_bytes must be at least 1, not {chunk_bytes}")
+    for name, value in (("num_processes", num_processes), ("chunk_bytes", chunk_bytes)):
+        if value < 1: raise ValueError(f"{name} must be at least 1, not {value}")
     tokens, size, counts = check_special_tokens(special_tokens), os.path.getsize(path), Counter()
     chunks = _with_bar(read_chunks(path, tokens, chunk_bytes), size, progress)
     in_processes = num_processes > 1 and size >= MIN_PARALLEL_BYTES
