@@ -22,7 +22,7 @@ from .transformer import TransformerLM
 
 # %% ../nbs/12_generation.ipynb #f277f702
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    "Probabilities softmax(logits / temperature) over the last dimension; temperature 0 is greedy (of equal logits the smallest id)."
+    "softmax(logits / temperature) over the last dimension; 0 is greedy (of equal logits the smallest id)."
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -37,7 +37,7 @@ def keep_top_k(probabilities: Tensor, k: int) -> Tensor:
 
 # %% ../nbs/12_generation.ipynb #8746321a
 def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
-    "Only the smallest set of tokens whose mass reaches `p`, renormalised (nucleus; Holtzman et al. 2020, arXiv:1904.09751)."
+    "Only the smallest set of tokens whose mass reaches `p`, renormalised (Holtzman et al. 2020, arXiv:1904.09751)."
     ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     mass_before = ranked.cumsum(-1) - ranked
     kept = torch.zeros_like(probabilities).scatter(-1, ids, ranked * (mass_before < p))
@@ -54,11 +54,13 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top_p is {top_p}; it must be a probability above 0 and at most 1, or None to keep all")
 
 # %% ../nbs/12_generation.ipynb #733f5a97
-def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                             top_p: float | None = None) -> Tensor:
     """The distribution to draw the next token from (handout, problem decoding).
 
-    logits: (..., vocab) -> probabilities (..., vocab), float32. First temperature (0 is greedy), then the `top_k` most probable
-    tokens, then the smallest set of those whose mass reaches `top_p`. ValueError for a setting or logits that make no sense.
+    logits: (..., vocab) -> probabilities (..., vocab), float32. First temperature (0 is greedy), then the `top_k` most
+    probable tokens, then the smallest set of those whose mass reaches `top_p`. ValueError for settings or logits that
+    make no sense.
     """
     check_sampling(temperature, top_k, top_p)
     if torch.isnan(logits).any() or torch.isinf(logits.amax(-1)).any():
@@ -79,13 +81,13 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 # %% ../nbs/12_generation.ipynb #8cf0344b
 @torch.inference_mode()
 def next_logits_naive(model: TransformerLM, ids: Tensor) -> Tensor:
-    "Logits of the token after `ids`: (batch, time) -> (batch, vocab). Reads the last `context_length` tokens, all of them, every time."
+    "Logits of the token after `ids`, (batch, time) -> (batch, vocab), from the last `context_length` tokens."
     return model(ids[:, -model.config.context_length:])[:, -1]
 
 # %% ../nbs/12_generation.ipynb #a4a12d89
-def generate_tokens_naive(model: TransformerLM, prompt_ids: Sequence[int], *, max_new_tokens: int = 256, temperature: float = 1.0,
-                          top_k: int | None = None, top_p: float | None = None, stop_id: int | None = None,
-                          generator: torch.Generator | None = None) -> Iterator[int]:
+def generate_tokens_naive(model: TransformerLM, prompt_ids: Sequence[int], *, max_new_tokens: int = 256,
+                          temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                          stop_id: int | None = None, generator: torch.Generator | None = None) -> Iterator[int]:
     "The ids that follow `prompt_ids`, one by one: the clear version of `generate_tokens`."
     ids = torch.tensor([list(prompt_ids)], device=next(model.parameters()).device)
     for _ in range(max_new_tokens):
@@ -98,21 +100,21 @@ def generate_tokens_naive(model: TransformerLM, prompt_ids: Sequence[int], *, ma
 # %% ../nbs/12_generation.ipynb #13ab0f72
 @torch.inference_mode()
 def next_logits(model: TransformerLM, ids: Tensor, cache: list[KeyValueCache]) -> Tensor:
-    """Logits of the token after `ids`: (batch, time) -> (batch, vocab); `cache` holds the keys and values of tokens seen before.
+    """Logits of the token after `ids`, (batch, time) -> (batch, vocab); `cache` holds keys and values of earlier tokens.
 
-    Only the tokens that the cache lacks are run through the model. Beyond the context the last `context_length` tokens are read anew.
+    Only the tokens that the cache lacks are run through the model. Beyond the context the window is read anew.
     """
     if ids.shape[1] > model.config.context_length: return next_logits_naive(model, ids)
     return model(ids[:, cache[0].length:], cache)[:, -1]
 
 # %% ../nbs/12_generation.ipynb #5494a8ab
 def check_prompt(model: TransformerLM, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    "The prompt as a list; a ValueError if it is empty, holds an id outside the vocabulary, or the length makes no sense."
+    "The prompt as a list; ValueError if it is empty or holds an id outside the vocabulary, or for a negative length."
     ids, vocab_size = [int(i) for i in prompt_ids], model.config.vocab_size
     if not ids: raise ValueError("the prompt has no tokens: give at least one, for instance the id of <|endoftext|>")
     if wrong := [i for i in ids if not 0 <= i < vocab_size]:
-        raise ValueError(f"the prompt holds the id {wrong[0]}, but the model's vocabulary has the ids 0 to {vocab_size - 1}; "
-                         "was it encoded by another tokenizer?")
+        raise ValueError(f"the prompt holds the id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}; "
+                         "encode it with the tokenizer of the model")
     if max_new_tokens < 0: raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     return ids
 
@@ -128,14 +130,15 @@ def _generate(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, stop
         ids = torch.cat([ids, token[None]], dim=1)
 
 # %% ../nbs/12_generation.ipynb #b9d1aef2
-def generate_tokens(model: TransformerLM, prompt_ids: Sequence[int], *, max_new_tokens: int = 256, temperature: float = 1.0,
-                    top_k: int | None = None, top_p: float | None = None, stop_id: int | None = None,
-                    generator: torch.Generator | None = None) -> Iterator[int]:
+def generate_tokens(model: TransformerLM, prompt_ids: Sequence[int], *, max_new_tokens: int = 256,
+                    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                    stop_id: int | None = None, generator: torch.Generator | None = None) -> Iterator[int]:
     """The ids that follow `prompt_ids`, one by one (handout, problem decoding), with a key/value cache.
 
-    Ends before `stop_id` (which is not given out) or after `max_new_tokens`. `temperature` 0 is greedy; `top_k` and `top_p` as in
-    `next_token_probabilities`. `generator`: a CPU generator, for repeatable text. Of a text longer than the model's context it sees
-    the last `context_length` tokens. ValueError, at the call, for an empty prompt, an id out of range or a setting without sense.
+    Ends before `stop_id` (which is not given out) or after `max_new_tokens`. `temperature` 0 is greedy; `top_k` and
+    `top_p` as in `next_token_probabilities`. `generator`: a CPU generator, for repeatable text. Of a text longer than
+    the model's context it sees the last `context_length` tokens. ValueError, at the call, for an empty prompt, an id
+    out of range or a setting without sense.
     """
     check_sampling(temperature, top_k, top_p)
     prompt_ids = check_prompt(model, prompt_ids, max_new_tokens)
@@ -162,22 +165,22 @@ class _Row:
 
 # %% ../nbs/12_generation.ipynb #a8ab04c3
 def _generate_rows(model: TransformerLM, rows: list[_Row], *sampling) -> list[list[int]]:
-    "Run all rows through the model together until each has ended; a row that has ended runs along and is not listened to."
-    shortest = min(len(row.prompt) for row in rows)
-    ids, cache = torch.tensor([row.prompt[:shortest] for row in rows], device=next(model.parameters()).device), model.make_cache()
+    "Run all rows through the model together until each has ended; one that has ended runs along unheard."
+    shortest, device = min(len(row.prompt) for row in rows), next(model.parameters()).device
+    ids, cache = torch.tensor([row.prompt[:shortest] for row in rows], device=device), model.make_cache()
     while any(row.running for row in rows):
         position = ids.shape[1]
         probabilities = next_token_probabilities(next_logits(model, ids, cache), *sampling)
         drawn = draw(probabilities, torch.cat([row.uniform(position) for row in rows])).tolist()
         tokens = [row.accept(position, token) for row, token in zip(rows, drawn)]
-        ids = torch.cat([ids, torch.tensor(tokens, device=ids.device)[:, None]], dim=1)
+        ids = torch.cat([ids, torch.tensor(tokens, device=device)[:, None]], dim=1)
     return [row.new for row in rows]
 
 # %% ../nbs/12_generation.ipynb #0b8ef7bf
-def generate_tokens_batch(model: TransformerLM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 256, temperature: float = 1.0,
-                          top_k: int | None = None, top_p: float | None = None, stop_id: int | None = None,
-                          seed: int | None = None, batch_size: int = 64) -> list[list[int]]:
-    """The ids that follow each of `prompts`, `batch_size` of them at a time; settings and errors as in `generate_tokens`.
+def generate_tokens_batch(model: TransformerLM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 256,
+                          temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                          stop_id: int | None = None, seed: int | None = None, batch_size: int = 64) -> list[list[int]]:
+    """The ids that follow each of `prompts`, `batch_size` at a time; settings and errors as in `generate_tokens`.
 
     Prompt i is continued as `generate_tokens` does with a generator of seed `seed + i`, whatever the batch size.
     """
@@ -214,49 +217,57 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     "The ids of `prompt` as the beginning of a document: <|endoftext|> in front, where the tokenizer knows it."
     ids, start = tokenizer.encode(prompt), _token_id(tokenizer, END_OF_TEXT)
     if start is not None and ids[:1] != [start]: ids = [start, *ids]
-    if not ids: raise ValueError(f"the prompt is empty and the tokenizer has no {END_OF_TEXT} to start from: give a prompt of at least one character")
+    if not ids:
+        raise ValueError(f"the prompt is empty and the tokenizer has no {END_OF_TEXT} to start from: "
+                         "give a prompt of at least one character")
     return ids
 
 # %% ../nbs/12_generation.ipynb #9ec883a2
 def _stop_id(model: TransformerLM, tokenizer: Tokenizer, stop: str | None) -> int | None:
     "The id of the stop token, None for no stop; refuses a tokenizer that cannot be the model's."
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries but the model only {model.config.vocab_size}: "
-                         "take the tokenizer that the model was trained with")
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries but the model only "
+                         f"{model.config.vocab_size}: take the tokenizer that the model was trained with")
     stop_id = None if stop is None else _token_id(tokenizer, stop)
     if stop_id is None and stop not in (None, END_OF_TEXT):
-        raise ValueError(f"the stop token {stop!r} is not one token of this vocabulary; stop at one that is, or pass None")
+        raise ValueError(f"the stop token {stop!r} is not one token of this vocabulary; name one that is, or None")
     return stop_id
 
 # %% ../nbs/12_generation.ipynb #e7336981
-def stream(model: TransformerLM, tokenizer: Tokenizer, prompt: str = "", *, max_new_tokens: int = 256, temperature: float = 1.0,
-           top_k: int | None = None, top_p: float | None = None, stop: str | None = END_OF_TEXT, seed: int | None = None) -> Iterator[str]:
+def stream(model: TransformerLM, tokenizer: Tokenizer, prompt: str = "", *, max_new_tokens: int = 256,
+           temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+           stop: str | None = END_OF_TEXT, seed: int | None = None) -> Iterator[str]:
     """The text that follows `prompt`, piece by piece as it is generated, never half a character.
 
     The prompt is read as the beginning of a document. `stop`: a token that ends the text (None: only the length does).
-    The other settings and the errors are those of `generate_tokens`. The same seed gives the same text on the same machine.
+    The other settings and the errors are those of `generate_tokens`. The same seed gives the same text on the same
+    machine.
     """
     stop_id = _stop_id(model, tokenizer, stop)
-    ids = generate_tokens(model, encode_prompt(tokenizer, prompt), max_new_tokens=max_new_tokens, temperature=temperature,
-                          top_k=top_k, top_p=top_p, stop_id=stop_id, generator=seeded_generator(seed))
+    ids = generate_tokens(model, encode_prompt(tokenizer, prompt), max_new_tokens=max_new_tokens,
+                          temperature=temperature, top_k=top_k, top_p=top_p, stop_id=stop_id,
+                          generator=seeded_generator(seed))
     return whole_characters(ids, tokenizer)
 
 # %% ../nbs/12_generation.ipynb #38706c2a
-def generate(model: TransformerLM, tokenizer: Tokenizer, prompt: str = "", *, max_new_tokens: int = 256, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None, stop: str | None = END_OF_TEXT, seed: int | None = None) -> str:
+def generate(model: TransformerLM, tokenizer: Tokenizer, prompt: str = "", *, max_new_tokens: int = 256,
+             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+             stop: str | None = END_OF_TEXT, seed: int | None = None) -> str:
     "The text that follows `prompt` (the prompt itself is not repeated); settings and errors as in `stream`."
-    return "".join(stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                          stop=stop, seed=seed))
+    return "".join(stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
+                          top_k=top_k, top_p=top_p, stop=stop, seed=seed))
 
 # %% ../nbs/12_generation.ipynb #94bf46d5
-def generate_batch(model: TransformerLM, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int = 256, temperature: float = 1.0,
-                   top_k: int | None = None, top_p: float | None = None, stop: str | None = END_OF_TEXT, seed: int | None = None,
-                   batch_size: int = 64) -> list[str]:
-    """What follows each of `prompts`, `batch_size` at a time; `[""] * 50` gives fifty samples. Settings and errors as in `stream`.
+def generate_batch(model: TransformerLM, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int = 256,
+                   temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                   stop: str | None = END_OF_TEXT, seed: int | None = None, batch_size: int = 64) -> list[str]:
+    """What follows each of `prompts`, `batch_size` at a time; `[""] * 50` gives fifty samples. Otherwise as `stream`.
 
     Text i is the one that `generate` gives for `prompts[i]` with seed `seed + i` (up to rounding).
     """
-    if isinstance(prompts, str): raise ValueError(f"prompts is the text {prompts!r}; it must be a list of prompts, one a sample")
-    rows = generate_tokens_batch(model, [encode_prompt(tokenizer, p) for p in prompts], max_new_tokens=max_new_tokens, temperature=temperature,
-                                 top_k=top_k, top_p=top_p, stop_id=_stop_id(model, tokenizer, stop), seed=seed, batch_size=batch_size)
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is the text {prompts!r}; it must be a list of prompts, one a sample")
+    stop_id, ids = _stop_id(model, tokenizer, stop), [encode_prompt(tokenizer, p) for p in prompts]
+    rows = generate_tokens_batch(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                                 top_p=top_p, stop_id=stop_id, seed=seed, batch_size=batch_size)
     return ["".join(whole_characters(row, tokenizer)) for row in rows]
