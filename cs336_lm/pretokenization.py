@@ -139,6 +139,14 @@ def _count_in_processes(chunks: Iterable[str], special_tokens: tuple[str, ...],
             if len(pending) >= 2 * num_processes: yield pending.popleft().result()
         while pending: yield pending.popleft().result()
 
+# %% ../nbs/03_pretokenization.ipynb #f10a518c
+def _with_bar(chunks: Iterable[str], size: int, progress: bool) -> Iterator[str]:
+    "The chunks as they are, with a progress bar over the file's bytes."
+    with tqdm(total=size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk.encode()) if progress else 0)
+
 # %% ../nbs/03_pretokenization.ipynb #fbdc5467
 def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
                     progress: bool = False, chunk_bytes: int = 1 << 20) -> Counter[bytes]:
@@ -155,11 +163,3 @@ def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, n
     for part in (_count_in_processes(chunks, tokens, num_processes) if in_processes
                  else (count_text(chunk, tokens) for chunk in chunks)): counts.update(part)
     return Counter({piece.encode(): count for piece, count in counts.items()})
-
-# %% ../nbs/03_pretokenization.ipynb #f10a518c
-def _with_bar(chunks: Iterable[str], size: int, progress: bool) -> Iterator[str]:
-    "The chunks as they are, with a progress bar over the file's bytes."
-    with tqdm(total=size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk.encode()) if progress else 0)
