@@ -54,9 +54,6 @@ def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Cal
     return losses
 
 # %% ../nbs/11_training.ipynb #78a746a4
-CHECKPOINT_SCHEMA = 1  # raised when an older program could misread a newer file
-
-
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int,
                     out: str | os.PathLike | BinaryIO, **extra) -> None:
     """Save all that the step after `iteration` depends on, plus `extra` entries of plain types and tensors.
@@ -78,10 +75,14 @@ def _load_whole(source: str | os.PathLike | BinaryIO) -> object:
     if hasattr(source, "seek"): source.seek(0)
     return torch.load(source, map_location="cpu", weights_only=True)
 
-
+# %% ../nbs/11_training.ipynb #8438ac05
 def _name_of(source: str | os.PathLike | BinaryIO) -> str:
     "What to call a path or an open file in a message."
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", "the open file"))
+    if isinstance(source, (str, os.PathLike)): return os.fspath(source)
+    return str(getattr(source, "name", "the open file"))
+
+# %% ../nbs/11_training.ipynb #425f1623
+CHECKPOINT_SCHEMA = 1
 
 
 def read_checkpoint(source: str | os.PathLike | BinaryIO) -> dict:
@@ -110,7 +111,7 @@ def _check_weights(model: nn.Module, saved: dict[str, Tensor], name: object) -> 
             raise ValueError(f"{name} does not fit the model: {key} has shape {other.get(key)} there, {own.get(key)} "
                              "in the model; build the model with the configuration it was saved with")
 
-
+# %% ../nbs/11_training.ipynb #7485352d
 def load_checkpoint(src: str | os.PathLike | BinaryIO, model: nn.Module,
                     optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bring model and optimizer back to where `save_checkpoint` left them; the iteration it was given.
@@ -121,7 +122,7 @@ def load_checkpoint(src: str | os.PathLike | BinaryIO, model: nn.Module,
     _restore(state, model, optimizer, _name_of(src))
     return state["iteration"]
 
-
+# %% ../nbs/11_training.ipynb #045449fe
 def _restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None, name: object) -> None:
     model = getattr(model, "_orig_mod", model)
     _check_weights(model, state["model"], name)
@@ -167,9 +168,10 @@ class TrainConfig:
 def _whole(least: int) -> Callable[[object], bool]: return lambda v: isinstance(v, int) and v >= least
 def _real(holds: Callable) -> Callable[[object], bool]: return lambda v: isinstance(v, (int, float)) and holds(v)
 
-
+# %% ../nbs/11_training.ipynb #af3346f2
 _RULES = [
-    ("name", lambda v: re.fullmatch(r"\w[\w.+=-]*", v), "letters, digits and . _ + = - only, as it names a folder"),
+    ("name", lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.+=-]*", v),
+     "letters, digits and . _ + = - only, as it names a folder"),
     ("batch_size steps eval_batch_size keep_checkpoints log_every", _whole(1), "a whole number of at least 1"),
     ("warmup_steps seed eval_every checkpoint_every", _whole(0), "a whole number of at least 0"),
     ("max_lr max_grad_norm eps", _real(lambda v: v > 0), "above 0"),
@@ -202,7 +204,7 @@ def config_from_dict(values: dict) -> TrainConfig:
     if "betas" in values: values["betas"] = tuple(values["betas"])
     return TrainConfig(**values)
 
-
+# %% ../nbs/11_training.ipynb #c7d56e9f
 def load_config(run: str | os.PathLike) -> TrainConfig:
     "The configuration of a run folder, wherever it is now: `train(load_config(run), resume=True)` continues it."
     file = Path(run) / "config.json"
@@ -254,7 +256,7 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 # %% ../nbs/11_training.ipynb #1dd7682a
-# Dense TFLOP/s by NVIDIA's data sheets; fp32 is without tensor cores. The longest name that the device's name contains counts.
+# Dense TFLOP/s by NVIDIA's data sheets; fp32 is without tensor cores. Of several names that fit, the longest counts.
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "B200": {"bf16": 2250, "tf32": 1125, "fp32": 75},
     "H200": {"bf16": 989, "tf32": 494, "fp32": 67},
@@ -269,7 +271,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX 3090": {"bf16": 71, "tf32": 35.6, "fp32": 35.6},
 }
 
-
+# %% ../nbs/11_training.ipynb #d4aec53b
 def device_name(device: torch.device) -> str:
     "The device as people call it: the card's name, or the processor's kind."
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
@@ -317,14 +319,14 @@ def open_rows(path: str | os.PathLike, model: ModelConfig, rows: str = "stream",
     if rows == "documents": return _open_document_rows(file, tokens, model, tokenizer)
     return TokenRows(file, tokens, model.context_length)
 
-
+# %% ../nbs/11_training.ipynb #482669aa
 def _check_length(rows: TokenRows, least: int) -> None:
     "`ValueError` for a stream of fewer than `least` tokens; a document may be short."
     if rows.starts is None and len(rows.tokens) < least:
         raise ValueError(f"{rows.file.path} has {len(rows.tokens)} tokens, but context_length {rows.context_length} "
                          f"needs at least {least}; encode more text or shorten the context")
 
-# %% ../nbs/11_training.ipynb #482669aa
+# %% ../nbs/11_training.ipynb #dbfe3bed
 def _open_document_rows(file: TokenFile, tokens: np.ndarray, model: ModelConfig,
                         tokenizer: Tokenizer | None) -> TokenRows:
     if tokenizer is None: raise ValueError("rows='documents' needs the tokenizer's folder, to know the separator's id")
@@ -334,7 +336,7 @@ def _open_document_rows(file: TokenFile, tokens: np.ndarray, model: ModelConfig,
         raise ValueError(f"{file.path} has no {END_OF_TEXT} between documents; use rows='stream'")
     return TokenRows(file, tokens, model.context_length, separator, starts)
 
-
+# %% ../nbs/11_training.ipynb #c7719d01
 def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, ...]:
     "Copy a batch; to a GPU from pinned memory without waiting, so that the copy runs beside the step before it."
     if device.type == "cuda": return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
@@ -371,7 +373,7 @@ def _bar(progress: bool, **settings) -> tqdm:
     "A progress bar; none without `progress`, or where the environment says TQDM_DISABLE=1."
     return tqdm(**settings) if progress else tqdm(**settings, disable=True)
 
-
+# %% ../nbs/11_training.ipynb #d8f232f4
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: TokenRows, *, batch_size: int = 64, precision: str = "fp32",
              function: Callable = evaluation_sums, progress: bool = False) -> dict[str, float]:
@@ -445,15 +447,21 @@ def _compiled(function: Callable, backend: str) -> Callable:
     return function if backend == "off" else torch.compile(function, backend=backend, dynamic=False)
 
 
-def build_run(config: TrainConfig) -> Run:
-    "A run at step 0, its parts checked against each other. `config` is resolved; nothing is written yet."
+def _open_data(config: TrainConfig) -> tuple[Tokenizer | None, TokenRows, TokenRows]:
+    "The tokenizer and the rows to train and to evaluate on, checked against each other and the model."
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     train_rows, valid_rows = (open_rows(path, config.model, config.rows, tokenizer)
                               for path in (config.train_tokens, config.valid_tokens))
-    if train_rows.file.tokenizer["sha256"] != valid_rows.file.tokenizer["sha256"]:
-        raise ValueError(f"{config.train_tokens} and {config.valid_tokens} have different tokenizers; encode one again")
     _check_length(train_rows, config.model.context_length + 1)
     _check_length(valid_rows, 2)
+    if train_rows.file.tokenizer["sha256"] != valid_rows.file.tokenizer["sha256"]:
+        raise ValueError(f"{config.train_tokens} and {config.valid_tokens} have different tokenizers; encode one again")
+    return tokenizer, train_rows, valid_rows
+
+# %% ../nbs/11_training.ipynb #5af151ca
+def build_run(config: TrainConfig) -> Run:
+    "A run at step 0, its parts checked against each other. `config` is resolved; nothing is written yet."
+    tokenizer, train_rows, valid_rows = _open_data(config)
     torch.manual_seed(config.seed)
     model = TransformerLM(config.model).to(config.device)
     optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
@@ -465,7 +473,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     "The rate of a step, counted from 1."
     return float(cosine_schedule(step, config.max_lr, config.min_lr, config.warmup_steps, config.steps))
 
-
+# %% ../nbs/11_training.ipynb #f3b1d36b
 def next_step(run: Run) -> None:
     "One step of training; its loss and gradient norm are left on the device."
     config, step = run.config, run.step + 1
@@ -485,7 +493,7 @@ def next_step(run: Run) -> None:
 class Diverged(ArithmeticError):
     "A run whose loss or gradient is no longer finite."
 
-
+# %% ../nbs/11_training.ipynb #409710e4
 def settle(run: Run) -> None:
     "Fetch the pending losses and gradient norms. `Diverged` at the first that is not finite."
     if not run.pending: return
@@ -510,13 +518,13 @@ def _commit() -> str | None:
     try: return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
-
+# %% ../nbs/11_training.ipynb #88938938
 def _versions() -> dict[str, str]:
     versions = {"cs336_lm": cs336_lm.__version__, "python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__}
     return versions | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
-
+# %% ../nbs/11_training.ipynb #4f2c4059
 def _header(run: Run) -> dict:
     "The log's first line."
     train, valid = run.train_rows.file, run.valid_rows.file
@@ -527,7 +535,7 @@ def _header(run: Run) -> dict:
             "versions": _versions(), "commit": _commit(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
-# %% ../nbs/11_training.ipynb #88938938
+# %% ../nbs/11_training.ipynb #030bbb0d
 def _json_line(record: dict) -> str:
     "One line of strict JSON, which has no word for infinity: such a number becomes null."
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -538,7 +546,7 @@ def append_log(run: Run, record: dict) -> None:
     "Add a line to the run's log; it is in the file when this returns."
     with open(run.folder / "log.jsonl", "a", encoding="utf-8", newline="\n") as file: file.write(_json_line(record))
 
-
+# %% ../nbs/11_training.ipynb #ab11ba07
 def log_step(run: Run) -> dict:
     "Write and return the log line of the steps since the last one."
     settle(run)
@@ -565,7 +573,7 @@ def _data(run: Run) -> dict:
     return {split: {"tokens": file.tokens, "corpus": file.corpus.get("sha256"), "tokenizer": file.tokenizer["sha256"]}
             for split, file in files.items()}
 
-
+# %% ../nbs/11_training.ipynb #a5f4b034
 def save_run(run: Run) -> Path:
     "Write the checkpoint of the run's step, then delete the oldest beyond `keep_checkpoints`."
     settle(run)
@@ -580,7 +588,7 @@ def save_run(run: Run) -> Path:
     return path
 
 # %% ../nbs/11_training.ipynb #5ca1b09d
-# Settings that a resumed run may change: they leave the weights as they are. Data and tokenizer are compared by content.
+# Settings that a resumed run may change, as they leave the weights alone. Data and tokenizer are compared by content.
 FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_every", "eval_batch_size",
                   "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "runs_dir"}
 
@@ -604,7 +612,7 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict] | None:
     if files: raise ValueError(f"all {len(files)} checkpoints in {folder} are damaged; start the run anew")
     return None
 
-
+# %% ../nbs/11_training.ipynb #b6b2d3d9
 def _truncate_log(path: Path, step: int) -> list[dict]:
     "Cut a log back to a step: its header and the whole lines up to there stay, and are returned."
     kept = []
@@ -615,7 +623,7 @@ def _truncate_log(path: Path, step: int) -> list[dict]:
     with write_aside(path, "w") as file: file.writelines(map(_json_line, kept))
     return kept
 
-# %% ../nbs/11_training.ipynb #b6b2d3d9
+# %% ../nbs/11_training.ipynb #22683389
 def _restore_run(run: Run, file: Path, state: dict) -> None:
     "Bring a run to a checkpoint's step."
     _check_same_run(state, run, file)
@@ -628,7 +636,7 @@ def _restore_run(run: Run, file: Path, state: dict) -> None:
     torch.set_rng_state(random["cpu"])
     if run.device.type == "cuda" and "cuda" in random: torch.cuda.set_rng_state(random["cuda"], run.device)
 
-
+# %% ../nbs/11_training.ipynb #c0c60c2d
 def _take_up(run: Run, found: tuple[Path, dict] | None) -> None:
     "Take up a run where its newest checkpoint left it, or at step 0 if it has none."
     if found: _restore_run(run, *found)
@@ -636,7 +644,7 @@ def _take_up(run: Run, found: tuple[Path, dict] | None) -> None:
     records = _truncate_log(run.folder / "log.jsonl", run.step)
     run.evaluation = next((r for r in reversed(records) if r["kind"] == "eval"), None)
 
-# %% ../nbs/11_training.ipynb #22683389
+# %% ../nbs/11_training.ipynb #33e195e4
 def _fill_folder(run: Run, asked: TrainConfig) -> None:
     "Put into the run's folder what is not there: the configuration as asked for, the tokenizer, the log's header."
     (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -646,7 +654,7 @@ def _fill_folder(run: Run, asked: TrainConfig) -> None:
     log = run.folder / "log.jsonl"
     if not log.exists() or not log.stat().st_size: append_log(run, _header(run))
 
-
+# %% ../nbs/11_training.ipynb #7cfebdb5
 def open_run(asked: TrainConfig, resume: bool = False) -> Run:
     "A new run in a new folder, or one taken up again. All that can be wrong is found before anything is written."
     folder = Path(asked.runs_dir) / asked.name
@@ -690,7 +698,7 @@ class StopRequest:
 # %% ../nbs/11_training.ipynb #c5a1e5a1
 def _is_due(step: int, every: int, steps: int) -> bool: return step == steps or (every > 0 and step % every == 0)
 
-
+# %% ../nbs/11_training.ipynb #d14e293a
 def record_evaluation(run: Run, stop: StopRequest, progress: bool = False) -> None:
     "Evaluate, unless the log has this step's evaluation already, and log it. `Diverged` if the loss is not finite."
     if run.evaluation and run.evaluation["step"] == run.step: return
@@ -732,7 +740,7 @@ class TrainResult:
     evaluation: dict | None  # the last evaluation's log line: loss, bits_per_byte, perplexity, logit_std, step, ...
     checkpoint: Path | None  # the newest
 
-
+# %% ../nbs/11_training.ipynb #f4906a04
 def _end(run: Run, status: str, reason: str | None) -> TrainResult:
     append_log(run, {"kind": "end", "status": status, "reason": reason})
     newest = next(iter(list_checkpoints(run.folder)), None)
@@ -743,7 +751,19 @@ def _out_of_memory(run: Run) -> ValueError:
     return ValueError(f"{device_name(run.device)} has not enough memory for batch_size {run.config.batch_size} and "
                       f"eval_batch_size {run.config.eval_batch_size}; lower them and start the run anew")
 
-# %% ../nbs/11_training.ipynb #f4906a04
+# %% ../nbs/11_training.ipynb #a36a4fd8
+def _train_to_an_end(run: Run, stop: StopRequest, bar: tqdm) -> TrainResult:
+    "Advance, and write down how it ended."
+    try: advance(run, stop, bar)
+    except Diverged as error: return _end(run, "diverged", str(error))
+    except BaseException as error:
+        _end(run, "interrupted", f"{type(error).__name__}: {error}")
+        if isinstance(error, torch.OutOfMemoryError): raise _out_of_memory(run) from error
+        raise
+    if run.step == run.config.steps == (run.evaluation or {}).get("step"): return _end(run, "finished", None)
+    return _end(run, "interrupted", f"{stop.reason} at step {run.step}")
+
+# %% ../nbs/11_training.ipynb #026c0896
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
     """Train a model as `config` says, in the folder `runs_dir/name`; with `resume`, go on from its newest checkpoint.
 
@@ -754,14 +774,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     run = open_run(config, resume)
     with (float32_products(run.config.precision), StopRequest() as stop,
           _bar(progress, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
-        try: advance(run, stop, bar)
-        except Diverged as error: return _end(run, "diverged", str(error))
-        except BaseException as error:
-            _end(run, "interrupted", f"{type(error).__name__}: {error}")
-            if isinstance(error, torch.OutOfMemoryError): raise _out_of_memory(run) from error
-            raise
-        if run.step == config.steps == (run.evaluation or {}).get("step"): return _end(run, "finished", None)
-        return _end(run, "interrupted", f"{stop.reason} at step {run.step}")
+        return _train_to_an_end(run, stop, bar)
 
 # %% ../nbs/11_training.ipynb #c3f635c8
 def _find_tokenizer(folders: list[Path], sha256: str) -> Tokenizer | None:
@@ -773,20 +786,24 @@ def _find_tokenizer(folders: list[Path], sha256: str) -> Tokenizer | None:
         warnings.warn(f"{folder} holds another tokenizer than the model was trained with; passed by", stacklevel=3)
     return None
 
+# %% ../nbs/11_training.ipynb #13d3821b
+def _open_checkpoint(path: Path) -> tuple[Path, dict]:
+    "A run folder's newest checkpoint, or the file itself, and its entries."
+    found = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint in {path}; name a run folder or a file checkpoints/step-*.pt")
+    if "config" not in found[1]:
+        raise ValueError(f"{found[0]} does not say its model's sizes; use load_checkpoint with the model")
+    return found
 
+# %% ../nbs/11_training.ipynb #b1be0621
 def load_model(run_or_checkpoint: str | os.PathLike,
                device: str = "cpu") -> tuple[TransformerLM, ModelConfig, Tokenizer | None]:
     """A trained model, its configuration, and its tokenizer if found; from a run folder or a checkpoint file.
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is no whole checkpoint of `train`.
     """
-    path = Path(run_or_checkpoint)
-    found = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
-    if found is None:
-        raise FileNotFoundError(f"no checkpoint in {path}; name a run folder or a file checkpoints/step-*.pt")
-    file, state = found
-    if "config" not in state:
-        raise ValueError(f"{file} does not say its model's sizes; use load_checkpoint with the model")
+    file, state = _open_checkpoint(Path(run_or_checkpoint))
     config = ModelConfig(**state["config"]["model"])
     model = TransformerLM(config)
     _restore(state, model, None, file)

@@ -96,49 +96,36 @@ def test_another_models_checkpoint_leaves_the_model_as_it_was(tmp_path):
 
 
 KILLED = textwrap.dedent('''
-    """Forks a child for each point of a save at which it kills itself with SIGKILL; the parent never computes with torch."""
-    import builtins, os, signal, sys
+    "Forks a child for each point of a save at which it kills itself with SIGKILL."
+    import io, os, signal, sys
     from pathlib import Path
     import torch
     from cs336_lm.training import save_checkpoint
 
     torch.set_num_threads(1)
+    model = torch.nn.Linear(6, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain_save = torch.save
+
     def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 
     def half(state, file):  # a part of the bytes reaches the file
-        import io
-        whole = io.BytesIO()
-        plain_save(state, whole)
+        plain_save(state, whole := io.BytesIO())
         file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
         file.flush()
         die()
 
-    plain_save = torch.save
-    points = {"writing": (torch, "save", half), "before the sync": (os, "fsync", die), "before the rename": (os, "replace", die)}
-
-    for name, (module, attribute, deed) in points.items():
-        folder = Path(sys.argv[1]) / name.replace(" ", "-") / "checkpoints"
+    points = [("writing", torch, "save", half, 2), ("before the sync", os, "fsync", die, 2),
+              ("before the rename", os, "replace", die, 2), ("writing over the only one", os, "replace", die, 1)]
+    for name, module, attribute, deed, second in points:
+        folder = Path(sys.argv[1]) / name / "checkpoints"
         child = os.fork()
         if not child:
-            model = torch.nn.Linear(6, 5)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             save_checkpoint(model, optimizer, 1, folder / "step-0000001.pt")
             setattr(module, attribute, deed)
-            save_checkpoint(model, optimizer, 2, folder / "step-0000002.pt")
+            save_checkpoint(model, optimizer, 2, folder / f"step-{second:07d}.pt")
             os._exit(1)  # not reached
         assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
-
-    # The same for a file that is written over: it holds the old content or the new.
-    folder = Path(sys.argv[1]) / "over" / "checkpoints"
-    child = os.fork()
-    if not child:
-        model = torch.nn.Linear(6, 5)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        save_checkpoint(model, optimizer, 1, folder / "step-0000001.pt")
-        os.replace = die
-        save_checkpoint(model, optimizer, 2, folder / "step-0000001.pt")
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
 ''')
 
 
@@ -147,7 +134,7 @@ def test_kill_9_during_a_save_leaves_a_loadable_older_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = sorted(p.name for p in tmp_path.iterdir())
-    assert runs == ["before-the-rename", "before-the-sync", "over", "writing"]
+    assert runs == ["before the rename", "before the sync", "writing", "writing over the only one"]
     for name in runs:
         file, state = newest_checkpoint(tmp_path / name)
         assert file.name == "step-0000001.pt" and state["iteration"] == 1
