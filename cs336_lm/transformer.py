@@ -95,11 +95,11 @@ class TransformerBlock(nn.Module):
         self.ffn = {"swiglu": SwiGLU, "silu": SiLUFeedForward}[config.ffn](config.d_model, config.d_ff, **where)
         self.ln2 = make_norm(config, **where)
 
-    def forward(self, x: Tensor, token_positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         if self.norm == "post":
-            x = self.ln1(x + self.attn(x, token_positions, cache))
+            x = self.ln1(x + self.attn(x, cache=cache))
             return self.ln2(x + self.ffn(x))
-        x = x + self.attn(self.ln1(x), token_positions, cache)
+        x = x + self.attn(self.ln1(x), cache=cache)
         return x + self.ffn(self.ln2(x))
 
 # %% ../nbs/08_transformer.ipynb #aa531624
@@ -156,9 +156,8 @@ class TransformerLM(TiedOutput):
         ValueError where the row becomes longer than the context length, or (on the CPU) an id is out of range."""
         start, time = 0 if cache is None else cache[0].length, token_ids.shape[-1]
         check_length(start, time, self.config.context_length)
-        positions = torch.arange(start, start + time, device=token_ids.device) if start else None
         x = self.token_embeddings(token_ids)
-        for i, block in enumerate(self.layers): x = block(x, positions, None if cache is None else cache[i])
+        for i, block in enumerate(self.layers): x = block(x, None if cache is None else cache[i])
         return self.lm_head(self.ln_final(x))
 
     def make_cache(self) -> list[KeyValueCache]:
