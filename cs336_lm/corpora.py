@@ -5,19 +5,27 @@
 # %% ../nbs/02_corpora.ipynb #b09e2409
 from __future__ import annotations
 
-import codecs, hashlib, http.client, json, os, re, shutil, time, urllib.request, zlib
-from bisect import bisect_left
+import codecs, hashlib, http.client, json, math, os, random, re, shutil, time, urllib.request, zlib
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import NoReturn
 from urllib.error import HTTPError, URLError
 
 # %% auto #0
-__all__ = ['END_OF_TEXT', 'FILES', 'GENERATED', 'HELD_OUT', 'HUB', 'OFFICIAL', 'read_pieces', 'decode_utf8', 'read_documents',
-           'data_dir', 'write_aside', 'describe_file', 'Corpus', 'split_text_file', 'Announced', 'gunzip', 'fetch_file',
-           'download', 'corpus_names', 'find_corpus']
+__all__ = ['END_OF_TEXT', 'FILES', 'GENERATED', 'HELD_OUT', 'HUB', 'OFFICIAL', 'Node', 'HOLE', 'NEXT_WORD', 'STORY_TABLES',
+           'STORY_RULES', 'STORY_GRAMMAR', 'STORY_FILES', 'read_pieces', 'decode_utf8', 'read_documents', 'data_dir',
+           'write_aside', 'describe_file', 'Corpus', 'split_text_file', 'Announced', 'gunzip', 'fetch_file', 'download',
+           'corpus_names', 'find_corpus', 'Choice', 'Reference', 'first_words', 'make_choice', 'table',
+           'make_reference', 'Grammar', 'check_slots', 'Story', 'make_story', 'expand', 'sample', 'parse', 'next_word',
+           'off_the_grammar', 'parse_reference', 'parse_text', 'entropy', 'collision_probability', 'column',
+           'sample_story', 'parse_story', 'story_entropy', 'sizes', 'split_sentences', 'sentence_parses', 'Floor',
+           'population_floor', 'held_out_floor', 'write_stories', 'write_story_corpus']
 
 # %% ../nbs/02_corpora.ipynb #dbb3e6a2
 END_OF_TEXT = "<|endoftext|>"  # the separator of both official corpora, and GPT-2's only special token
@@ -490,3 +498,471 @@ def find_corpus(name_or_path: str | os.PathLike, directory: str | os.PathLike | 
                                 f"Known corpora: {', '.join(corpus_names())}.")
     if path.is_dir(): raise IsADirectoryError(f"{path} is a folder; name a text file in it.")
     return split_text_file(path, folder)
+
+# %% ../nbs/02_corpora.ipynb #fb88c206
+@dataclass(frozen=True, eq=False)
+class Choice:
+    "One of `options`, each a node; `option_of` tells from its first word which one a text took."
+    name: str
+    options: tuple
+    probabilities: tuple[float, ...]
+    option_of: dict[str, int]
+
+    @cached_property
+    def cumulative(self) -> list[float]: return list(accumulate(self.probabilities))
+
+
+@dataclass(frozen=True)
+class Reference:
+    "Text that follows from the choice named `slot`: `forms[k]` after its option k."
+    slot: str
+    forms: tuple[str, ...]
+
+
+Node = str | tuple | Choice | Reference
+
+# %% ../nbs/02_corpora.ipynb #e1d10823
+def first_words(node: Node) -> set[str]:
+    "Every word that a text of this node can begin with; empty if it has no word."
+    if isinstance(node, str): return set(re.findall(r"\w+", node)[:1])
+    if isinstance(node, Choice): return set(node.option_of)
+    if isinstance(node, Reference): return set().union(*map(first_words, node.forms))
+    return next((words for part in node if (words := first_words(part))), set())
+
+# %% ../nbs/02_corpora.ipynb #b70f7ecb
+def make_choice(name: str, options: Iterable[Node], weights: Iterable[float]) -> Choice:
+    "A choice with probabilities proportional to `weights`; `ValueError` if two options may begin with the same word."
+    options, weights, option_of = tuple(options), tuple(weights), {}
+    for k, option in enumerate(options):
+        words = first_words(option)
+        if not words: raise ValueError(f"In {name!r} the option {option!r} has no word, so nobody can see it was taken.")
+        if both := words & option_of.keys():
+            raise ValueError(f"In {name!r} two options begin with {min(both)!r}: the text would not tell which was taken.")
+        option_of |= dict.fromkeys(words, k)
+    return Choice(name, options, tuple(w / sum(weights) for w in weights), option_of)
+
+# %% ../nbs/02_corpora.ipynb #70986736
+def table(text: str) -> list[dict[str, str]]:
+    "Rows of a table written as lines of cells between bars, the column names first; a blank line counts for nothing."
+    head, *rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.strip()]
+    for row in rows:
+        if len(row) != len(head): raise ValueError(f"The row {row} has {len(row)} cells, but the table has {head}.")
+    return [dict(zip(head, row)) for row in rows]
+
+
+HOLE = re.compile(r"\{([^{}]+)\}")
+
+# %% ../nbs/02_corpora.ipynb #1c5b7ed9
+def make_reference(slot: str, form: str, rows: list[dict[str, str]]) -> Reference:
+    "The reference to a column of a table; `form` with a capital gives capitalized cells."
+    column = form if form in rows[0] else form.lower()
+    if column not in rows[0]: raise ValueError(f"The table {slot!r} has no column {form!r}, only {', '.join(rows[0])}.")
+    forms = tuple(row[column] if column == form else row[column].capitalize() for row in rows)
+    for a in forms:
+        if begun := [b for b in forms if b.startswith(a + " ")]:
+            raise ValueError(f"In column {form!r} of {slot!r}, {a!r} is the beginning of {begun[0]!r}.")
+    return Reference(slot, forms)
+
+# %% ../nbs/02_corpora.ipynb #2f120a80
+class Grammar:
+    "Rules and tables made into a tree: `root` is its top, `choices` has every choice by its name."
+    def __init__(self, rules: dict, tables: dict[str, list[dict[str, str]]], start: str = "story"):
+        self.rules, self.tables, self.choices = rules, tables, {}
+        self.root = self.node(start)
+        check_slots(self.root)
+
+    def node(self, hole: str) -> Node:
+        "The node of what stands in braces."
+        slot, _, form = hole.removeprefix("choose ").partition(".")
+        if hole.startswith("choose ") and slot not in self.tables: raise ValueError(f"There is no table {slot!r} to choose from.")
+        if hole.startswith("choose ") or slot not in self.tables: return self.choice(hole.removeprefix("choose "))
+        return make_reference(slot, form or next(iter(self.tables[slot][0])), self.tables[slot])
+
+    def choice(self, name: str) -> Choice:
+        "The choice of this name, built when it is first met."
+        if name not in self.choices:
+            self.choices[name] = None  # being built: a rule that meets itself inside itself would never end
+            self.choices[name] = make_choice(name, *self.options(name))
+        if self.choices[name] is None: raise ValueError(f"The rule {name!r} contains itself.")
+        return self.choices[name]
+
+    def options(self, name: str) -> tuple[list[Node], list[float]]:
+        "Options and weights of a table, of words between bars, or of a rule."
+        if name in self.tables: options = [next(iter(row.values())) for row in self.tables[name]]
+        elif "|" in name: options = name.split("|")
+        elif name in self.rules: options = self.rules[name]
+        else: raise ValueError(f"There is neither a rule nor a table {name!r}.")
+        weights = options.values() if isinstance(options, dict) else [1] * len(options)
+        return [self.template(option) for option in options], list(weights)
+
+    def template(self, text: str) -> tuple[Node, ...]:
+        "Literal text and nodes in turn."
+        if glued := re.search(r"\w\{|\}\w", text):
+            raise ValueError(f"A brace touches a word at {glued[0]!r} in {text!r}; put a space between them.")
+        parts = (self.node(part) if i % 2 else part for i, part in enumerate(HOLE.split(text)))
+        return tuple(part for part in parts if part != "")
+
+# %% ../nbs/02_corpora.ipynb #5347e1e9
+def check_slots(node: Node, chosen: frozenset[str] = frozenset()) -> frozenset[str]:
+    "The choices certainly made after `node`; `ValueError` for a reference to one that may not have been made."
+    if isinstance(node, Reference) and node.slot not in chosen:
+        raise ValueError(f"{{{node.slot}}} is used where it may not have been chosen; put {{choose {node.slot}}} before it.")
+    if isinstance(node, tuple):
+        for part in node: chosen = check_slots(part, chosen)
+    if isinstance(node, Choice):
+        chosen = frozenset.intersection(*(check_slots(option, chosen) for option in node.options)) | {node.name}
+    return chosen
+
+# %% ../nbs/02_corpora.ipynb #1db23c61
+@dataclass(frozen=True)
+class Story:
+    "A text of a grammar, the choices that make it, in order, as (name, option), and its log-probability in nats."
+    text: str
+    choices: tuple[tuple[str, int], ...]
+    log_probability: float
+
+
+def make_story(grammar: Grammar, text: str, choices: Iterable[tuple[str, int]]) -> Story:
+    "The story of these choices; its log-probability is the sum over them."
+    choices = tuple(choices)
+    return Story(text, choices, sum(math.log(grammar.choices[name].probabilities[k]) for name, k in choices))
+
+# %% ../nbs/02_corpora.ipynb #d1bd97e8
+def expand(node: Node, rng: random.Random, choices: list[tuple[str, int]]) -> str:
+    "A random text of `node`; the choices made are appended to `choices`."
+    if isinstance(node, str): return node
+    if isinstance(node, tuple): return "".join([expand(part, rng, choices) for part in node])
+    if isinstance(node, Reference): return node.forms[next(k for name, k in reversed(choices) if name == node.slot)]
+    k = bisect_right(node.cumulative, rng.random(), hi=len(node.options) - 1)
+    choices.append((node.name, k))
+    return expand(node.options[k], rng, choices)
+
+
+def sample(grammar: Grammar, rng: random.Random) -> Story:
+    "A story drawn from the grammar."
+    choices = []
+    return make_story(grammar, expand(grammar.root, rng, choices), choices)
+
+# %% ../nbs/02_corpora.ipynb #d761ca11
+def parse(node: Node, text: str, at: int, known: dict[str, set[int]], found: list[tuple[str, int, int]]) -> int:
+    """Where `node` ends in `text` if it begins at `at`; choices go to `found` as (name, option, place), slots to `known`.
+
+    Raises `ValueError` naming the place where the text leaves the grammar.
+    """
+    if isinstance(node, tuple):
+        for part in node: at = parse(part, text, at, known, found)
+    elif isinstance(node, Choice):
+        k = node.option_of.get(next_word(text, at))
+        if k is None: off_the_grammar(text, at, f"one of {len(node.options)} options of {node.name!r}")
+        found.append((node.name, k, at))
+        known[node.name] = {k}
+        at = parse(node.options[k], text, at, known, found)
+    elif isinstance(node, Reference): at = parse_reference(node, text, at, known)
+    elif text.startswith(node, at): at += len(node)
+    else: off_the_grammar(text, at, repr(node))
+    return at
+
+# %% ../nbs/02_corpora.ipynb #8261f8c0
+NEXT_WORD = re.compile(r"\w+")
+
+
+def next_word(text: str, at: int) -> str:
+    "The first word from `at` on; empty if there is none."
+    return match[0] if (match := NEXT_WORD.search(text, at)) else ""
+
+
+def off_the_grammar(text: str, at: int, expected: str) -> NoReturn:
+    raise ValueError(f"This is no text of the grammar: at character {at} comes {text[at:at + 20]!r}, not {expected}.")
+
+
+def parse_reference(node: Reference, text: str, at: int, known: dict[str, set[int]]) -> int:
+    "Where the form that stands at `at` ends; only the rows that have this form stay possible."
+    rows = known.setdefault(node.slot, set(range(len(node.forms))))
+    fits = {k for k in rows if re.compile(re.escape(node.forms[k]) + r"\b").match(text, at)}
+    if not fits: off_the_grammar(text, at, f"{node.slot!r} as it was chosen")
+    known[node.slot] = fits
+    return at + len(node.forms[min(fits)])
+
+# %% ../nbs/02_corpora.ipynb #33037ae3
+def parse_text(grammar: Grammar, text: str) -> Story:
+    "The story of this text; `ValueError` if it is no story of the grammar."
+    found = []
+    end = parse(grammar.root, text, 0, {}, found)
+    if end < len(text): off_the_grammar(text, end, "the end of the story")
+    return make_story(grammar, text, [(name, k) for name, k, _ in found])
+
+# %% ../nbs/02_corpora.ipynb #272599cc
+def entropy(node: Node) -> float:
+    "Entropy in nats of the texts of `node`."
+    if isinstance(node, tuple): return sum(map(entropy, node))
+    if not isinstance(node, Choice): return 0.0
+    return sum(p * (entropy(option) - math.log(p)) for p, option in zip(node.probabilities, node.options))
+
+
+def collision_probability(node: Node) -> float:
+    "The probability that two independent texts of `node` have the same choices."
+    if isinstance(node, tuple): return math.prod(map(collision_probability, node))
+    if not isinstance(node, Choice): return 1.0
+    return sum(p * p * collision_probability(option) for p, option in zip(node.probabilities, node.options))
+
+# %% ../nbs/02_corpora.ipynb #b761c9d7
+STORY_TABLES: dict[str, list[dict[str, str]]] = {}
+STORY_RULES: dict[str, list[str] | dict[str, float]] = {"story": [
+    "{beginning} {habit} {wanting} {hint} {setting_out} {trouble} {feeling} {meeting} {help} {thanks} {reward} {ending}"]}
+
+
+def column(name: str, words: str) -> list[dict[str, str]]:
+    "A table of one column."
+    return [{name: word} for word in words.split()]
+
+# %% ../nbs/02_corpora.ipynb #2cad6d69
+STORY_TABLES["hero"] = [row for names, forms in (("Tom Ben Max Sam Leo Jack", "he | him | his"),
+                                                 ("Lily Mia Anna Sue Rose Kate", "she | her | her"))
+                        for name in names.split() for row in table(f"name | he | him | his\n {name} | {forms}")]
+STORY_TABLES["trait"] = column("trait", "little brave shy funny kind happy young gentle sleepy clever merry wise quiet proud "
+                                        "lonely busy")
+STORY_TABLES["kind"] = table("""
+    kind | home | went
+    bear | cave | walked
+    fox | den | ran
+    rabbit | hole | hopped
+    mouse | nest | crept
+    duck | pond | waddled
+    cat | basket | strolled
+    dog | house | raced
+    pig | sty | trotted
+    lamb | barn | skipped
+    frog | well | jumped""")
+
+# %% ../nbs/02_corpora.ipynb #17a18efa
+STORY_TABLES["place"] = table("""
+    place | spot
+    forest | tree
+    sea | rock
+    farm | gate
+    garden | hedge
+    mill | wheel
+    meadow | bush
+    river | bridge
+    hill | stone
+    lake | boat
+    castle | tower""")
+STORY_RULES["beginning"] = {
+    "Once upon a time, a {choose trait} {choose kind} named {choose hero} lived by the {choose place}.": 2,
+    "Long ago, by the {choose place}, there lived a {choose trait} {choose kind} named {choose hero}.": 1,
+    "This is the story of {choose hero}, a {choose trait} {choose kind} from the {choose place}.": 1,
+    "Do you know {choose hero}, the {choose trait} {choose kind} from the {choose place}?": 1,
+    "{choose hero} was a {choose trait} {choose kind} who lived by the {choose place}.": 1}
+
+# %% ../nbs/02_corpora.ipynb #feb32e3f
+STORY_RULES["pastime"] = ["sing", "dance", "swim", "hide", "play", "run", "paint", "read", "dig holes", "count stars",
+                          "pick flowers", "watch birds"]
+STORY_RULES["habit"] = [
+    "{hero.He} {liked|loved|used} to {pastime} {alone|with friends|all day|at night|in the sun|near home}.",
+    "Every {time}, {hero.he} {kind.went} to the {place} to {pastime}.",
+    "All {summer|winter|spring} long, {hero.he} {liked|loved|used} to {pastime}.",
+    "Nobody could {pastime} as {well|happily|often} as {hero}."]
+STORY_RULES["time"] = ["morning", "evening", "day", "night"]
+
+# %% ../nbs/02_corpora.ipynb #2e9b657a
+STORY_TABLES["colour"] = column("colour", "red blue green yellow white golden silver black")
+STORY_TABLES["wish"] = table("""
+    wish | use | used
+    kite | fly | flew
+    ball | kick | kicked
+    drum | beat | beat
+    bell | ring | rang
+    book | read | read
+    hat | wear | wore
+    horn | blow | blew
+    sled | ride | rode
+    flute | play | played
+    top | spin | spun""")
+
+# %% ../nbs/02_corpora.ipynb #924abf24
+STORY_RULES["wanting"] = [
+    "More than anything, {hero.he} wanted a {choose colour} {choose wish} to {wish.use}.",
+    "One thing was missing: a {choose colour} {choose wish} to {wish.use}.",
+    "Each {time}, {hero} dreamed of a {choose colour} {choose wish}.",
+    '"I wish I had a {choose colour} {choose wish}," {hero.he} {said|cried|sang}.',
+    "{hero} wished for a {choose colour} {choose wish} more than for {anything|cake|friends|gold}."]
+
+# %% ../nbs/02_corpora.ipynb #686a9522
+STORY_TABLES["elder"] = column("elder", "mother father sister brother grandma grandpa aunt uncle")
+STORY_RULES["hint"] = ['{hero.His} {choose elder} said, "{advice}."', '"{advice}," said {hero.his} {choose elder}.']
+STORY_RULES["advice"] = [
+    "Look {behind|near|under} the {place.spot}",
+    "Ask the {first|next|last} {animal} you meet",
+    "Be {brave|kind|gentle|happy} and you will find one",
+    "Follow the {path|river|birds|moon|stars}",
+    "Good things come to those who {wait|try|share|help|sing}",
+    "Never {stop looking|give up}",
+    "Wishes {come true|take time}"]
+STORY_RULES["animal"] = ["owl", "turtle", "goat", "deer", "crow", "horse", "beaver", "swan", "donkey", "snail"]
+
+# %% ../nbs/02_corpora.ipynb #5195d44a
+STORY_TABLES["snack"] = column("snack", "bread honey cheese milk soup cake jam nuts plums pie")
+STORY_RULES["look"] = ["tiny", "big", "long", "strong", "pretty", "magic", "shiny", "small", "lovely", "strange"]
+STORY_RULES["setting_out"] = [
+    "One {sunny|windy|cold|warm|bright|quiet} {time}, {hero.he} packed some {choose snack} and {kind.went} {away|off|out}.",
+    "So {hero.he} took some {choose snack} and {kind.went} {down|up|along} the {look} {road|path}.",
+    "The next {time}, {hero} {kind.went} {away|off|out} with some {choose snack}.",
+    "With some {choose snack} for lunch, {hero.he} {kind.went} {into|over|past} the {look} {woods|fields}."]
+
+# %% ../nbs/02_corpora.ipynb #fd155a64
+STORY_TABLES["mishap"] = table("""
+    mishap | helped | tool | things
+    fell into a hole | reached down | rope | holes
+    lost the way in fog | showed the way | map | fog
+    got stuck in mud | dug a path | spade | mud
+    stepped on a thorn | picked it out | pin | thorns
+    slipped on ice | tied up the leg | scarf | ice
+    met a wolf | scared it off | stick | wolves
+    woke some bees | led them away | flower | bees
+    tore a bag | sewed it up | needle | bags
+    dropped a shoe | fished it out | net | water
+    caught a cold | made soup | spoon | colds""")
+
+# %% ../nbs/02_corpora.ipynb #beaf380c
+STORY_RULES["trouble"] = [
+    "But then {hero.he} {choose mishap}.",
+    "Suddenly, {hero} {choose mishap}.",
+    "Near a {look} {place.spot}, {hero.he} {choose mishap}.",
+    "After {two|three|many} steps, the {trait} {kind} {choose mishap}.",
+    "Oh no, {hero} {choose mishap}!"]
+STORY_RULES["sad"] = ["sad", "scared", "cold", "tired", "lonely", "lost", "hungry"]
+STORY_RULES["feeling"] = [
+    "{hero.He} {was|felt} {very|so} {sad} and {began|started} to {cry|shake|sob}.",
+    '"Help, I am {very|so} {sad}," {cried|called} {hero}.',
+    "{Big|Hot|Round} tears {rolled|ran|fell} down {hero.his} {cheeks|face|nose}."]
+
+# %% ../nbs/02_corpora.ipynb #41563147
+STORY_TABLES["manner"] = column("manner", " ".join(row["trait"] for row in STORY_TABLES["trait"]))
+STORY_TABLES["helper"] = column("helper", " ".join(STORY_RULES["animal"]))
+STORY_RULES["meeting"] = [
+    "A {choose manner} {choose helper} {heard|saw} {hero.him} and {came|walked|ran} {over|closer}.",
+    "Just then, a {choose manner} {choose helper} came {by|along} with a {look} {hat|bag|coat}.",
+    "Luckily, a {choose manner} {choose helper} lived {nearby|next door}.",
+    "Soon, a {choose manner} {choose helper} {looked|jumped} out from behind the {place.spot}.",
+    "From behind the {place.spot} came a {choose manner} {choose helper}."]
+
+# %% ../nbs/02_corpora.ipynb #ad9ec994
+STORY_RULES["help"] = [
+    "Then the {helper} {mishap.helped} with a {look} {mishap.tool}.",
+    "With a {look} {mishap.tool}, the {helper} {mishap.helped}.",
+    "{Quickly|Slowly|Gently}, the {helper} {mishap.helped} with a {look} {mishap.tool}."]
+STORY_RULES["thanks"] = [
+    '"Thank you, {dear|sweet|good|great} {helper}," {said|laughed|called} {hero}.',
+    "{hero.He} {hugged|kissed|thanked} the {helper} {two|three|many} times.",
+    "They sat {down|together} and shared the {snack} {in the sun|like friends}.",
+    "In return, {hero} gave the {helper} {half|most|all} of the {snack}."]
+
+# %% ../nbs/02_corpora.ipynb #68a433d0
+STORY_RULES["reward"] = [
+    "The {helper} gave {hero.him} a {colour} {wish} {to keep|at last|with a smile}.",
+    "Then {hero.he} saw {it|something}: a {colour} {wish} {in the grass|on a branch|under a leaf|near the path}!",
+    'Suddenly {hero.he} {cried|called|sang}, "Look, a {colour} {wish}!"',
+    "And there, {behind|beside|under} the {place.spot}, {lay|was} a {colour} {wish}!"]
+STORY_RULES["how_long"] = ["all day", "again and again", "for hours"]
+
+# %% ../nbs/02_corpora.ipynb #5634b342
+STORY_RULES["ending"] = [
+    "{hero} {wish.used} the {wish} {how_long} and {slept|dreamed} in {hero.his} {kind.home}.",
+    "That {time}, {hero.he} {kind.went} home to {hero.his} {kind.home} and told {hero.his} {elder} {everything|the story}.",
+    '"From now on, I will watch out for {mishap.things}," {said|laughed|called} {hero}.',
+    "Together they {wish.used} the {wish} and {were|stayed} {best|good|true} friends {forever|from that day on}.",
+    "{hero.His} {elder} gave {hero.him} a {kiss|hug|bath} and {hero.he} {wish.used} the {wish} {how_long}.",
+    "And all the {birds|bees|children} of the {place} still {tell|love} the story of {hero} and the {helper}."]
+STORY_GRAMMAR = Grammar(STORY_RULES, STORY_TABLES)
+
+# %% ../nbs/02_corpora.ipynb #a3c2f12e
+def sample_story(rng: random.Random) -> Story:
+    "A story of the embedded grammar."
+    return sample(STORY_GRAMMAR, rng)
+
+
+def parse_story(text: str) -> Story:
+    "The story with this text; `ValueError` naming the first place where it leaves the grammar."
+    return parse_text(STORY_GRAMMAR, text)
+
+
+def story_entropy() -> float:
+    "Entropy of a story in nats, exactly."
+    return entropy(STORY_GRAMMAR.root)
+
+# %% ../nbs/02_corpora.ipynb #93b01903
+def sizes(grammar: Grammar, node: Node, size: Callable[[str], float]) -> tuple[float, float, float]:
+    "Least, expected and greatest sum of `size` over the pieces of literal text in a text of `node`."
+    if isinstance(node, str): return (size(node),) * 3
+    if isinstance(node, tuple): return tuple(map(sum, zip(*(sizes(grammar, part, size) for part in node))))
+    parts = node.options if isinstance(node, Choice) else node.forms
+    name = node.name if isinstance(node, Choice) else node.slot
+    least, mean, most = zip(*(sizes(grammar, part, size) for part in parts))
+    return min(least), sum(p * m for p, m in zip(grammar.choices[name].probabilities, mean)), max(most)
+
+# %% ../nbs/02_corpora.ipynb #ea312de7
+def split_sentences(text: str) -> list[str]:
+    "The sentences of a text: cut at white space after `.`, `!`, `?`, also with a quotation mark behind them."
+    return [sentence for sentence in re.split(r"(?:(?<=[.!?])|(?<=[.!?]\"))\s+", text.strip()) if sentence]
+
+
+def sentence_parses(sentence: str) -> bool:
+    "Whether the sentence is one of the embedded grammar, whatever was chosen in sentences before it."
+    for rule in STORY_GRAMMAR.root.options[0]:
+        try:
+            if isinstance(rule, Choice) and parse(rule, sentence, 0, {}, []) == len(sentence): return True
+        except ValueError: pass
+    return False
+
+# %% ../nbs/02_corpora.ipynb #7861b6b9
+@dataclass(frozen=True)
+class Floor:
+    "The loss of a reader who knows the grammar."
+    nats_per_token: float
+    bits_per_byte: float
+
+
+def population_floor(tokens_per_story: float) -> Floor:
+    "Entropy a token and a byte of stories of which one has so many tokens on average; the separator is counted in both."
+    length = sizes(STORY_GRAMMAR, STORY_GRAMMAR.root, lambda text: len(text.encode()))[1] + len(END_OF_TEXT)
+    return Floor(story_entropy() / tokens_per_story, story_entropy() / math.log(2) / length)
+
+
+def held_out_floor(path: str | os.PathLike, num_tokens: int) -> Floor:
+    """The floor of a file of stories that has `num_tokens` tokens, separators counted: its mean -log p a token and a byte.
+
+    Raises `ValueError` naming the file if a document in it is no story of the grammar.
+    """
+    nats, size = 0.0, os.path.getsize(path)
+    for document in read_documents(path):
+        try: nats -= parse_story(document.strip()).log_probability
+        except ValueError as error: raise ValueError(f"{path} is not made by the story grammar. {error}") from None
+    if not nats or num_tokens < 1: raise ValueError(f"{path} with {num_tokens} tokens: there is no story, so there is no floor.")
+    return Floor(nats / num_tokens, nats / math.log(2) / size)
+
+# %% ../nbs/02_corpora.ipynb #adcad1d7
+def write_stories(path: str | os.PathLike, num_bytes: int, seed: int) -> int:
+    "Write stories, a separator after each, until the file has at least `num_bytes`; return how many. Same seed, same file."
+    if num_bytes < 1: raise ValueError(f"Cannot write {num_bytes} bytes of stories to {path}; ask for at least 1.")
+    rng, size, count = random.Random(seed), 0, 0
+    with write_aside(path) as file:
+        while size < num_bytes:
+            size += file.write((sample_story(rng).text + END_OF_TEXT).encode())
+            count += 1
+    return count
+
+# %% ../nbs/02_corpora.ipynb #1846f341
+STORY_FILES = {"train": (10_000_000, 1), "valid": (500_000, 2)}  # bytes and seed
+
+
+def write_story_corpus(folder: Path) -> Corpus:
+    "The embedded corpus in `folder`; its two files are written if they are not there."
+    recipe = json.dumps([STORY_RULES, STORY_TABLES, STORY_FILES])
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
+    paths = {side: folder / f"stories-{digest}-{side}.txt" for side in STORY_FILES}
+    for side, (num_bytes, seed) in STORY_FILES.items():
+        if not paths[side].is_file(): write_stories(paths[side], num_bytes, seed)
+    return Corpus("stories", **paths)
+
+
+GENERATED["stories"] = write_story_corpus
