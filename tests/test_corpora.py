@@ -2,6 +2,7 @@
 import gzip, hashlib, io, os, random, re, stat, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -537,6 +538,19 @@ def test_a_stalled_connection_is_given_up_and_resumed(server, tmp_path):
     site.on_request = stall
     fetch(server, tmp_path / "f.txt", timeout=0.2)
     assert (tmp_path / "f.txt").read_bytes() == TEXT and len(site.asked) >= 3
+
+
+def test_a_network_that_was_there_is_waited_for(server, tmp_path, monkeypatch):
+    ask, calls = corpora._ask, []
+    def unplugged(url, *args):
+        calls.append(url)
+        with corpora._network(url):
+            if 2 <= len(calls) <= 4: raise URLError(OSError(101, "Network is unreachable"))
+        return ask(url, *args)
+    monkeypatch.setattr(corpora, "_ask", unplugged)
+    server.site.limit = 5000
+    fetch(server, tmp_path / "f.txt")
+    assert (tmp_path / "f.txt").read_bytes() == TEXT and len(calls) == 3 + -(-len(TEXT) // 5000)
 
 
 def test_two_downloads_of_one_file_do_not_mix(server, tmp_path):
