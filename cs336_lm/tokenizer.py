@@ -54,7 +54,7 @@ def merge_with_heap(pretoken: bytes, ranks: Mapping[tuple[bytes, bytes], int]) -
     heapq.heapify(heap)
     while heap:
         rank, i = heapq.heappop(heap)
-        if parts[i] and ranks.get((parts[i], parts[right[i]])) == rank: _join(parts, left, right, heap, ranks, i)
+        if ranks.get((parts[i], parts[right[i]])) == rank: _join(parts, left, right, heap, ranks, i)
     return [part for part in parts if part]
 
 # %% ../nbs/05_tokenizer.ipynb #2ea40454
@@ -85,9 +85,10 @@ def invert_vocab(vocab: Mapping[int, bytes]) -> dict[bytes, int]:
 
 # %% ../nbs/05_tokenizer.ipynb #f97e17e2
 def check_merge(left: bytes, right: bytes, ids: Mapping[bytes, int]) -> None:
-    "`ValueError` if the vocabulary lacks a part of this merge or what it makes."
+    "`ValueError` if a part of this merge is empty, or the vocabulary lacks it or what the two make."
     for token in (left, right, left + right):
-        if token not in ids: raise ValueError(f"merge {left!r} + {right!r}: {token!r} is not in the vocabulary.")
+        if not token or token not in ids:
+            raise ValueError(f"merge {left!r} + {right!r}: {token!r} is not in the vocabulary.")
 
 
 def append_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens: Iterable[str]) -> None:
@@ -114,22 +115,19 @@ def text_parts(text: str, special_tokens: Sequence[str]) -> Iterator[tuple[str, 
         else: yield from ((word, False) for word in pretokenize(part))
 
 # %% ../nbs/05_tokenizer.ipynb #cb7e2bea
-CACHE_SLOTS = 1 << 15  # about 5 MB
+CACHE_SLOTS = 1 << 15  # about 7 MB
 CACHE_CHARS, CACHE_IDS = 24, 4  # longer pre-tokens, and those of more tokens, are not kept
 
 
-def new_cache() -> tuple[list[str], list[tuple[int, ...]]]:
-    "Keys and ids, one of each a slot. The first keys hold a line break and digits, which no pre-token does."
-    keys = [f"\n{slot:<{CACHE_CHARS // 2 + slot % (CACHE_CHARS // 2)}}" for slot in range(CACHE_SLOTS)]
-    return keys, [tuple([slot] * (1 + slot % CACHE_IDS)) for slot in range(CACHE_SLOTS)]
+def new_cache() -> list[tuple[str, tuple[int, ...]]]:
+    "A (pre-token, ids) a slot. The first ones hold a line break and digits, which no pre-token does."
+    return [(f"\n{slot:<{CACHE_CHARS // 2 + slot % (CACHE_CHARS // 2)}}", tuple([slot] * (1 + slot % CACHE_IDS)))
+            for slot in range(CACHE_SLOTS)]
 
 
-def remember(cache: tuple[list[str], list[tuple[int, ...]]], pretoken: str, ids: tuple[int, ...]) -> None:
-    "Put a short pre-token into its slot, in the place of what was there."
-    if len(pretoken) > CACHE_CHARS or len(ids) > CACHE_IDS: return
-    keys, values = cache
-    slot = hash(pretoken) % CACHE_SLOTS
-    keys[slot], values[slot] = pretoken, ids
+def remember(cache: list[tuple[str, tuple[int, ...]]], pretoken: str, ids: tuple[int, ...]) -> None:
+    "Put a short pre-token into its slot, in the place of what was there; in one step, so that threads may share it."
+    if len(pretoken) <= CACHE_CHARS and len(ids) <= CACHE_IDS: cache[hash(pretoken) % CACHE_SLOTS] = pretoken, ids
 
 # %% ../nbs/05_tokenizer.ipynb #f802e16a
 def encode_utf8(text: str) -> bytes:
@@ -187,11 +185,10 @@ class ByteLevelBPE:
 
     def _ids_of(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
         ids: list[int] = []
-        keys, values = self._cache
         for part, is_special in parts:
-            slot = hash(part) % CACHE_SLOTS
+            known, its_ids = self._cache[hash(part) % CACHE_SLOTS]
             if is_special: ids.append(self._ids[part.encode()])
-            elif keys[slot] == part: ids.extend(values[slot])
+            elif known == part: ids.extend(its_ids)
             else: ids.extend(self._encode_pretoken(part))
         return ids
 

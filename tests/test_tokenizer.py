@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,6 +103,13 @@ def test_special_tokens_longest_wins_and_missing_ones_are_appended():
     assert Tokenizer({0: b"a", 5: b"b"}, [], ["<s>"]).vocab_size == 7
 
 
+def test_a_merge_that_stands_there_twice_counts_where_it_stands_first():
+    vocab = dict(enumerate([b"a", b"b", b"c", b"ab", b"bc"]))
+    merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"b")]
+    assert Tokenizer(vocab, merges).encode("abc") == [3, 2]
+    assert merge_in_order(b"abc", merges) == [b"ab", b"c"]
+
+
 def test_decode_malformed_bytes_and_foreign_ids():
     e_acute = [plain.token_to_id(bytes([byte])) for byte in "é".encode()]
     assert plain.decode(e_acute) == "é" and plain.decode(e_acute[:1]) == "\ufffd"
@@ -124,11 +132,13 @@ def test_cache_stays_bounded_and_changes_nothing(monkeypatch):
     text = " ".join(f"word{i % 37}" for i in range(300)) + " " + "x" * 5000
     expected = [VOCAB_IDS[token] for word in pretokenize(text) for token in merge_in_order(word.encode(), MERGES)]
     assert small.encode(text) == small.encode(text) == expected
-    assert [len(part) for part in small._cache] == [7, 7] and max(map(len, small._cache[0])) <= chapter.CACHE_CHARS
+    with ThreadPoolExecutor(4) as pool: assert list(pool.map(small.encode, [text] * 8)) == [expected] * 8
+    assert len(small._cache) == 7
+    assert all(len(key) <= chapter.CACHE_CHARS and len(ids) <= chapter.CACHE_IDS for key, ids in small._cache)
 
 
 def test_no_pretoken_equals_a_placeholder_of_the_cache():
-    for key in chapter.new_cache()[0][::97]: assert len(list(pretokenize(key))) > 1
+    for key, _ in chapter.new_cache()[::97]: assert len(list(pretokenize(key))) > 1
 
 
 # ---- streams
@@ -328,6 +338,7 @@ def damage(folder, name, change):
     ("merges.txt", lambda data: data + "x Ġzzz\n".encode(), f"line {len(MERGES) + 2}: merge .* b' zzz' is not in"),
     ("merges.txt", lambda data: data + b"q q\n", f"line {len(MERGES) + 2}: merge .* b'qq' is not in the vocabulary"),
     ("merges.txt", lambda data: data.rstrip().rsplit(b" ", 1)[0], f"line {len(MERGES) + 1}: .* not two tokens"),
+    ("merges.txt", lambda data: data.replace(b"\n", b"\n#version: 0.2\n", 1), "line 2: merge b'#version:'"),
     ("merges.txt", lambda data: b"#version: 0.2\n\xff \xfe\n", "line 2: not UTF-8"),
     ("special_tokens.json", lambda data: b'["<|endof', "line 1: damaged JSON"),
     ("special_tokens.json", lambda data: b'{"a": 1}', "JSON list"),
@@ -358,6 +369,7 @@ def test_missing_files(tmp_path):
     ({0: b"a", 1: b"a"}, [], None, "b'a' twice, as ids 0 and 1"),
     ({0: b"a", 1: b"b"}, [(b"a", b"b")], None, "b'ab' is not in the vocabulary"),
     ({0: b"a", 1: b"ab"}, [(b"a", b"b")], None, "b'b' is not in the vocabulary"),
+    ({0: b"a", 1: b""}, [(b"a", b"")], None, "b'' is not in the vocabulary"),
     ({0: b"a"}, [], [""], "special token"),
     ({0: b"a"}, [], END, "list of strings"),
 ])
