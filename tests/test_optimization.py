@@ -31,7 +31,7 @@ def test_cross_entropy_and_gradient_equal_torch(seed, batch, time, vocab, log_sc
     ours, theirs = cross_entropy(logits, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(ours, theirs, equal_nan=True)
     if (targets == -100).all(): return
-    for a, b in zip(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits)): torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits))
 
 
 def test_cross_entropy_passes_gradcheck():
@@ -43,7 +43,8 @@ def test_cross_entropy_passes_gradcheck():
 @given(seeds, st.floats(-1e6, 1e6))
 def test_cross_entropy_does_not_change_when_all_logits_move(seed, shift):
     logits, targets = random(seed, 4, 9), torch.tensor([0, 3, 8, 8])
-    torch.testing.assert_close(cross_entropy(logits + shift, targets), cross_entropy(logits, targets), rtol=0, atol=1e-8)
+    moved = cross_entropy(logits + shift, targets)
+    torch.testing.assert_close(moved, cross_entropy(logits, targets), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -73,7 +74,8 @@ def test_token_losses_add_up_over_batches():
 
 
 def test_cross_entropy_refuses_shapes_and_targets_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"\(2, 3, 5\), \(3, 2\)"): cross_entropy(torch.zeros(2, 3, 5), torch.zeros(3, 2).long())
+    with pytest.raises(ValueError, match=r"\(2, 3, 5\).*\(3, 2\)"):
+        cross_entropy(torch.zeros(2, 3, 5), torch.zeros(3, 2).long())
     for bad in (5, -1):
         with pytest.raises((IndexError, RuntimeError)): cross_entropy(torch.zeros(1, 5), torch.tensor([bad]))
 
@@ -117,7 +119,8 @@ def test_a_saved_optimizer_continues_exactly(make):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seeds, st.floats(0, 0.5), st.floats(0, 0.99), st.floats(0, 0.9999), st.floats(1e-10, 1e-2), st.floats(0, 1), st.booleans())
+@given(seeds, st.floats(0, 0.5), st.floats(0, 0.99), st.floats(0, 0.9999), st.floats(1e-10, 1e-2), st.floats(0, 1),
+       st.booleans())
 def test_adamw_equals_torch_step_by_step(seed, lr, beta1, beta2, eps, weight_decay, foreach):
     kwargs = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
     ours = [nn.Parameter(random(seed, *shape)) for shape in [(3, 2), (4,), ()]]
@@ -184,7 +187,8 @@ def test_adamw_returns_the_closures_loss():
     assert optimizer.step(closure).item() == 2 and (p < 1).all()
 
 
-BAD = [{"lr": -1.0}, {"lr": math.nan}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}]
+BAD = [{"lr": -1.0}, {"lr": math.nan}, {"eps": -1e-8}, {"weight_decay": -0.1},
+       {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
@@ -216,11 +220,13 @@ def test_schedule_follows_its_definition(step, warmup, length, a, b):
     elif step > end: assert lr == low
     elif length == 0: assert lr == high
     else:
-        assert math.isclose(lr, low + (high - low) * math.cos(math.pi / 2 * (step - warmup) / length) ** 2, rel_tol=1e-9, abs_tol=1e-15)
+        half_angle = math.pi / 2 * (step - warmup) / length
+        assert math.isclose(lr, low + (high - low) * math.cos(half_angle) ** 2, rel_tol=1e-9, abs_tol=1e-15)
     if step + 1 > warmup: assert cosine_schedule(step + 1, high, low, warmup, end) <= lr or step < warmup
 
 
-@pytest.mark.parametrize("args", [(-1, 1.0, 0.1, 2, 5), (0, 1.0, 0.1, 6, 5), (0, 1.0, 0.1, -1, 5), (0, 0.1, 1.0, 2, 5), (0, 1.0, -0.1, 2, 5)])
+@pytest.mark.parametrize("args", [(-1, 1.0, 0.1, 2, 5), (0, 1.0, 0.1, 6, 5), (0, 1.0, 0.1, -1, 5), (0, 0.1, 1.0, 2, 5),
+                                  (0, 1.0, -0.1, 2, 5)])
 def test_schedule_refuses_impossible_settings(args):
     with pytest.raises(ValueError): cosine_schedule(*args)
 
