@@ -153,7 +153,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 0  # of the initial weights and of the order of the data
     eval_every: int = 500  # steps between evaluations on the whole validation file; 0: only at the end
-    eval_batch_size: int = 256  # rows at once in evaluation; changes its speed only
+    eval_batch_size: int = 64  # rows at once in evaluation; changes speed and memory only
     checkpoint_every: int = 1_000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # the newest so many stay
     log_every: int = 10  # steps between log lines
