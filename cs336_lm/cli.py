@@ -118,7 +118,7 @@ EXAMPLES = """\
 
   cs336 data download tinystories         the same road step by step:
   cs336 bpe tinystories --vocab-size 10000
-  cs336 encode tinystories --tokenizer data/tinystories-10000/tokenizer
+  cs336 encode tinystories --tokenizer data/tokenizers/tinystories-10000
   cs336 train --preset tinystories
   cs336 generate runs/tinystories --prompt "Once upon a time"
 
@@ -224,7 +224,8 @@ def data_describe(path: Positional[Path]) -> None:
     print(json.dumps(describe_file(path)))
 
 # %% ../nbs/19_command_line.ipynb #5de588bb
-def _work_folder(name: str, vocab_size: int) -> Path: return data_dir() / f"{name}-{vocab_size}"
+def _tokenizer_folder(name: str, vocab_size: int) -> Path: return data_dir() / "tokenizers" / f"{name}-{vocab_size}"
+def _tokens_folder(name: str, tokenizer: Path) -> Path: return data_dir() / "tokens" / f"{name}-by-{tokenizer.name}"
 
 
 def _input_file(text: str) -> tuple[str, Path]:
@@ -246,7 +247,7 @@ def bpe(text: TextOrCorpus, vocab_size: int = 10_000, output: MaybePath = None,
     Args:
         text: a corpus's name (its training part is read) or a UTF-8 text file
         vocab_size: entries: 256 bytes, the merges and the special tokens
-        output: the tokenizer's folder; default: data/NAME-SIZE/tokenizer
+        output: the tokenizer's folder; default: data/tokenizers/NAME-SIZE
         special_tokens: texts that stay whole and separate documents
         processes: for counting pre-tokens; the result does not depend on it
     """
@@ -254,7 +255,7 @@ def bpe(text: TextOrCorpus, vocab_size: int = 10_000, output: MaybePath = None,
     from cs336_lm.tokenizer import Tokenizer
     name, path = _input_file(text)
     vocab, merges = train_bpe(path, vocab_size, special_tokens, num_processes=processes, progress=_progress())
-    folder = output or _work_folder(name, vocab_size) / "tokenizer"
+    folder = output or _tokenizer_folder(name, vocab_size)
     Tokenizer(vocab, merges, special_tokens, trained_on=name).save(folder)
     longest = max((token for token in vocab.values() if token.decode(errors="replace") not in special_tokens), key=len)
     print(f"{folder}: {len(vocab):,} entries; the longest is {longest.decode(errors='replace')!r}")
@@ -267,7 +268,7 @@ def _print_tokens(tokens) -> None:
 
 # %% ../nbs/19_command_line.ipynb #c1c36f35
 @command("encode", "Turn a corpus or a text file into token files (.npy) with a tokenizer.",
-         "  cs336 encode stories --tokenizer data/stories-1024/tokenizer\n"
+         "  cs336 encode stories --tokenizer data/tokenizers/stories-1024\n"
          "  cs336 encode my.txt --tokenizer my-tokenizer --output my.npy")
 def encode(text: TextOrCorpus, tokenizer: Path, output: MaybePath = None) -> None:
     """Encode.
@@ -276,13 +277,13 @@ def encode(text: TextOrCorpus, tokenizer: Path, output: MaybePath = None) -> Non
         text: a corpus's name (both its parts are encoded) or a UTF-8 text file
         tokenizer: the folder that `cs336 bpe` wrote, or one with GPT-2's vocab.json and merges.txt
         output: of a text file: the .npy file, default NAME.npy in the data folder;
-            of a corpus: the folder of train.npy and valid.npy, default the one that holds the tokenizer's
+            of a corpus: the folder of train.npy and valid.npy, default data/tokens/CORPUS-by-TOKENIZER
     """
     from cs336_lm.dataset import encode_file
     from cs336_lm.tokenizer import Tokenizer
     loaded = Tokenizer.load(tokenizer)
     if text in corpus_names():
-        corpus, folder = find_corpus(text), output or tokenizer.resolve().parent
+        corpus, folder = find_corpus(text), output or _tokens_folder(text, tokenizer.resolve())
         for side, path in (("train", corpus.train), ("valid", corpus.valid)):
             _print_tokens(encode_file(loaded, path, folder / f"{side}.npy", corpus_name=text, progress=_progress()))
     else:
@@ -296,9 +297,10 @@ def _train_presets() -> dict:
     from cs336_lm.transformer import PRESETS
 
     def preset(name: str, corpus: str, model: str, **settings) -> TrainConfig:
-        folder = _work_folder(corpus, PRESETS[model].vocab_size)
-        return TrainConfig(name=name, train_tokens=folder / "train.npy", valid_tokens=folder / "valid.npy",
-                           tokenizer=folder / "tokenizer", model=PRESETS[model], **settings)
+        tokenizer = _tokenizer_folder(corpus, PRESETS[model].vocab_size)
+        tokens = _tokens_folder(corpus, tokenizer)
+        return TrainConfig(name=name, train_tokens=tokens / "train.npy", valid_tokens=tokens / "valid.npy",
+                           tokenizer=tokenizer, model=PRESETS[model], **settings)
     small = dict(batch_size=64, steps=2_500, warmup_steps=100)  # 2,500 x 64 x 256 = 40,960,000 tokens
     return {"tinystories": preset("tinystories", "tinystories", "tinystories"),
             "tinystories-low-resource": preset("tinystories-low-resource", "tinystories", "tinystories", **small),
@@ -333,7 +335,7 @@ def _write_samples(folder: Path, count: int, seed: int, device: str) -> None:
     if tokenizer is None or count < 1: return
     texts = generate_batch(model, tokenizer, [""] * count, seed=seed)
     with write_aside(folder / "samples.txt", "w") as file:
-        file.writelines(f"{text.strip()}\n{END_OF_TEXT}\n" for text in texts)
+        file.write(f"\n\n{END_OF_TEXT}\n\n".join(text.strip() for text in texts) + "\n")
 
 # %% ../nbs/19_command_line.ipynb #7dcb7d4e
 @command("train", "Train a model; every setting is an option, a preset gives the defaults.",
@@ -446,18 +448,21 @@ def _build_account(arguments: list[str]) -> Callable:
 # %% ../nbs/19_command_line.ipynb #66ac1764
 @command("demo", "Train a small model on a CPU in minutes, draw its loss curve and let it write.",
          "  cs336 demo\n  cs336 demo --corpus my.txt")
-def demo(corpus: str = "stories") -> None:
+def demo(corpus: str = "stories", steps: MaybeInt = None, samples: int = 50) -> None:
     """Demo.
 
     Args:
         corpus: a corpus's name, or the path of any UTF-8 text file
+        steps: optimizer steps; default: what takes minutes
+        samples: texts to write and to measure
     """
     from cs336_lm.experiments import demo as run_demo
-    run_demo(corpus)
+    changes = {} if steps is None else {"steps": steps, "warmup_steps": steps // 20}
+    run_demo(corpus, num_samples=samples, progress=_progress(), **changes)
 
-
+# %% ../nbs/19_command_line.ipynb #b3a09e4d
 @command("figures", "Draw the figures of the book from the recorded runs.",
-         "  cs336 figures\n  cs336 figures --only demo")
+         "  cs336 figures\n  cs336 figures --only fig0_demo")
 def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> None:
     """Figures.
 
@@ -468,46 +473,12 @@ def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> No
     from cs336_lm.experiments import draw_figures
     for path in draw_figures(directory, only=only or None): print(path)
 
-# %% ../nbs/19_command_line.ipynb #b3a09e4d
-def _tokenizer_for(corpus: Corpus, vocab_size: int, folder: Path, processes: int):
-    "The corpus's tokenizer in `folder/tokenizer`, trained unless it is there."
-    from cs336_lm.bpe import train_bpe
-    from cs336_lm.tokenizer import Tokenizer
-    with contextlib.suppress(FileNotFoundError): return Tokenizer.load(folder / "tokenizer")
-    vocab, merges = train_bpe(corpus.train, vocab_size, [END_OF_TEXT], num_processes=processes, progress=_progress())
-    tokenizer = Tokenizer(vocab, merges, [END_OF_TEXT], trained_on=corpus.name)
-    tokenizer.save(folder / "tokenizer")
-    return tokenizer
-
-
-def _tokens_for(text: Path, tokenizer, path: Path, name: str) -> None:
-    "The token file of a text, encoded unless it is there, whole and of this tokenizer and text."
-    from cs336_lm.dataset import encode_file, open_tokens, read_token_file
-    try:
-        open_tokens(path, tokenizer.sha256)
-        if read_token_file(path).bytes == text.stat().st_size: return
-    except (FileNotFoundError, ValueError): pass
-    encode_file(tokenizer, text, path, corpus_name=name, progress=_progress())
-
 # %% ../nbs/19_command_line.ipynb #40bacece
-def _prepare(corpus: Corpus, config, processes: int):
-    "Tokenizer and token files of a corpus for a training run; the run's configuration with their paths."
-    folder = _work_folder(corpus.name, config.model.vocab_size)
-    print(f"2/4  tokenizer of {config.model.vocab_size:,} entries in {folder / 'tokenizer'}", flush=True)
-    tokenizer = _tokenizer_for(corpus, config.model.vocab_size, folder, processes)
-    print(f"3/4  token files in {folder}", flush=True)
-    train_tokens, valid_tokens = folder / "train.npy", folder / "valid.npy"
-    _tokens_for(corpus.train, tokenizer, train_tokens, corpus.name)
-    _tokens_for(corpus.valid, tokenizer, valid_tokens, corpus.name)
-    return replace(config, train_tokens=train_tokens, valid_tokens=valid_tokens, tokenizer=folder / "tokenizer")
-
-
 TARGETS = {"tinystories": (1.45, 327_680_000), "tinystories-low-resource": (2.00, 40_960_000)}  # the handout's
 
 
-def _verdict(preset: str, loss: float, tokens: int) -> tuple[int, str]:
+def _verdict(loss: float, tokens: int, target: float, nominal: int) -> tuple[int, str]:
     "Exit code and sentence: whether the handout's loss was reached, and with how many tokens."
-    target, nominal = TARGETS[preset]
     verdict = "was reached" if loss <= target else "was not reached"
     seen = f"{tokens:,} tokens" + ("" if tokens == nominal else f" (the handout: {nominal:,})")
     return int(not loss <= target), f"validation loss {loss:.4f}: the target of {target:.2f} {verdict}, with {seen}"
@@ -516,15 +487,13 @@ def _verdict(preset: str, loss: float, tokens: int) -> tuple[int, str]:
 @command("reproduce", "Download TinyStories, train tokenizer and model, check the handout's target loss.",
          "  cs336 reproduce\n  cs336 reproduce --low-resource --device cpu", builds=True)
 def _build_reproduce(arguments: list[str]) -> Callable:
-    from cs336_lm.training import train
     from cs336_lm.transformer import ModelConfig
     chosen = "tinystories-low-resource" if "--low-resource" in arguments else "tinystories"
     defaults = _train_presets()[chosen]
 
     def run(low_resource: bool = False, name: str = f"reproduce-{chosen}", steps: int = defaults.steps,
             batch_size: int = defaults.batch_size, max_lr: float = defaults.max_lr, device: str = "auto",
-            model: ModelConfig = defaults.model, base_url: MaybeText = None,
-            processes: int = os.cpu_count() or 1) -> int:
+            model: ModelConfig = defaults.model, base_url: MaybeText = None) -> int:
         """Reproduce.
 
         Args:
@@ -536,20 +505,30 @@ def _build_reproduce(arguments: list[str]) -> Callable:
             device: auto, cpu, cuda, cuda:1, mps
             model: the network; its vocab_size is the tokenizer's too
             base_url: a mirror of the Hugging Face hub
-            processes: for the tokenizer's counting
         """
         config = replace(defaults, name=name, steps=steps, batch_size=batch_size, max_lr=max_lr, min_lr=max_lr / 10,
                          warmup_steps=min(defaults.warmup_steps, steps // 10), model=model, device=device)
-        print(f"1/4  TinyStories in {data_dir()}", flush=True)
-        config = _prepare(download("tinystories", base_url=base_url, progress=_progress()), config, processes)
-        print(f"4/4  training in {Path(config.runs_dir) / name}", flush=True)
-        result = train(config, resume=(Path(config.runs_dir) / name).exists(), progress=_progress())
-        if code := _report(result, "the same command again"): return code
-        if not (result.folder / "samples.txt").exists(): _write_samples(result.folder, 3, config.seed, config.device)
-        code, sentence = _verdict(chosen, result.evaluation["loss"], result.evaluation["tokens"])
-        print(sentence)
-        return code
+        return _reproduce(config, *TARGETS[chosen], base_url)
     return run
+
+# %% ../nbs/19_command_line.ipynb #476c27bd
+def _reproduce(config, target: float, nominal: int, base_url: str | None) -> int:
+    "The stages of `cs336 reproduce`, each skipped where it is done already; the exit code."
+    from cs336_lm.experiments import prepare
+    from cs336_lm.training import train
+    print(f"1 of 3  TinyStories, in {data_dir()}", flush=True)
+    download("tinystories", base_url=base_url, progress=_progress())
+    print(f"2 of 3  tokenizer of {config.model.vocab_size:,} entries, and tokens", flush=True)
+    made = prepare("tinystories", config.model.vocab_size, progress=_progress())
+    folder = Path(config.runs_dir) / config.name
+    print(f"3 of 3  training on {made.train.tokens:,} tokens, in {folder}", flush=True)
+    config = replace(config, train_tokens=made.train.path, valid_tokens=made.valid.path, tokenizer=made.tokenizer_dir)
+    result = train(config, resume=folder.exists(), progress=_progress())
+    if code := _report(result, "the same command again"): return code
+    if not (folder / "samples.txt").exists(): _write_samples(folder, 3, config.seed, config.device)
+    code, sentence = _verdict(result.evaluation["loss"], result.evaluation["tokens"], target, nominal)
+    print(sentence)
+    return code
 
 # %% ../nbs/19_command_line.ipynb #a6d8e81b
 #| eval: false

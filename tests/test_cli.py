@@ -189,7 +189,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(line, texts, capsys):
     out, err = capsys.readouterr()
     assert err.startswith("cs336: ") and err.count("\n") == 1 and MISTAKES[line] in err, err
     assert not set("│╭╰") & set(err) and "---" not in err and "[Errno" not in err
-    assert "1/4" in out or not out
+    assert "1 of 3" in out or not out
     assert {p.name for p in texts.iterdir()} - set(before) <= {"data"}
 
 
@@ -285,17 +285,18 @@ def test_data_commands(folder, capsys):
 
 def test_the_road_step_by_step(folder, hub, capsys):
     for line in (f"data download tinystories --base-url {hub.url}", "bpe tinystories --vocab-size 300 --processes 1",
-                 "encode tinystories --tokenizer data/tinystories-300/tokenizer"):
+                 "encode tinystories --tokenizer data/tokenizers/tinystories-300"):
         assert main(line.split()) == 0, capsys.readouterr().err
     from cs336_lm.dataset import read_token_file
-    tokens = read_token_file("data/tinystories-300/train.npy")
+    ids = "data/tokens/tinystories-by-tinystories-300"
+    tokens = read_token_file(f"{ids}/train.npy")
     assert tokens.corpus["name"] == "tinystories" and tokens.tokenizer["trained_on"] == "tinystories" and tokens.documents == 400
-    monkey = "train --name s --train-tokens data/tinystories-300/train.npy --valid-tokens data/tinystories-300/valid.npy"
-    line = f"{monkey} --tokenizer data/tinystories-300/tokenizer --steps 4 --warmup-steps 1 --batch-size 4".split() + SMALL
+    line = [*f"train --name s --train-tokens {ids}/train.npy --valid-tokens {ids}/valid.npy".split(), *SMALL,
+            *"--tokenizer data/tokenizers/tinystories-300 --steps 4 --warmup-steps 1 --batch-size 4".split()]
     capsys.readouterr()
     assert main(line) == 0
     assert "validation loss" in capsys.readouterr().out
-    assert (folder / "runs/s/samples.txt").read_text().count("<|endoftext|>") == 3
+    assert (folder / "runs/s/samples.txt").read_text().count("\n<|endoftext|>\n") == 2
     texts = []
     for seed in ("1", "1", "2"):
         assert main(["generate", "runs/s", "--prompt", "Cat é", "--max-new-tokens", "12", "--seed", seed]) == 0
@@ -325,10 +326,10 @@ def test_account(preset, capsys):
 
 
 def test_reproduce_from_the_download_to_the_verdict(folder, hub, capsys, monkeypatch):
-    line = ["reproduce", "--low-resource", "--steps", "5", "--batch-size", "4", "--processes", "1", "--base-url", hub.url, *SMALL]
+    line = ["reproduce", "--low-resource", "--steps", "5", "--batch-size", "4", "--base-url", hub.url, *SMALL]
     assert main(line) == 1  # five steps do not reach 2.00
     out, err = capsys.readouterr()
-    assert not err and [f"{n}/4" in out for n in (1, 2, 3, 4)] == [True] * 4
+    assert not err and all(f"{n} of 3  " in out for n in (1, 2, 3))
     tokens = 5 * 4 * 32
     assert f"the target of 2.00 was not reached, with {tokens} tokens (the handout: 40,960,000)" in out
     records = [json.loads(r) for r in (folder / "runs/reproduce-tinystories-low-resource/log.jsonl").read_text().splitlines()]
@@ -342,7 +343,7 @@ def test_reproduce_from_the_download_to_the_verdict(folder, hub, capsys, monkeyp
     assert f"the target of 50.00 was reached, with {tokens} tokens\n" in capsys.readouterr().out
     assert len(hub.asked) == asked and made == {p: p.stat().st_mtime_ns for p in (folder / "data").rglob("*") if p.is_file()}
 
-    (folder / "data/tinystories-300/train.npy").write_bytes(b"torn")
+    (folder / "data/tokens/tinystories-by-tinystories-300/train.npy").write_bytes(b"torn")
     assert main(line) == 0  # a damaged stage is done again, and the run goes on with equal data
     assert main([*line, "--batch-size", "8"]) == 2  # but not with other settings
     assert "batch_size" in capsys.readouterr().err
@@ -350,5 +351,24 @@ def test_reproduce_from_the_download_to_the_verdict(folder, hub, capsys, monkeyp
 
 def test_targets_are_the_handouts():
     assert cli.TARGETS == {"tinystories": (1.45, 327_680_000), "tinystories-low-resource": (2.00, 40_960_000)}
-    assert cli._verdict("tinystories", 1.45, 327_680_000)[0] == 0 and cli._verdict("tinystories", 1.4501, 327_680_000)[0] == 1
-    assert cli._verdict("tinystories", float("nan"), 1)[0] == 1
+    for loss, code in ((1.45, 0), (1.4501, 1), (float("nan"), 1), (0.1, 0)):
+        assert cli._verdict(loss, 327_680_000, *cli.TARGETS["tinystories"])[0] == code
+
+
+def test_demo_and_figures_call_chapter_13(folder, capsys, monkeypatch):
+    from cs336_lm import experiments
+    calls = []
+    monkeypatch.setattr(experiments, "demo", lambda *args, **options: calls.append((args, options)))
+    assert main("demo".split()) == 0 and main("demo --corpus my.txt --steps 40 --samples 2".split()) == 0
+    assert calls == [(("stories",), {"num_samples": 50, "progress": False}),
+                     (("my.txt",), {"num_samples": 2, "progress": False, "steps": 40, "warmup_steps": 2})]
+    assert main("figures --only fig99".split()) == 2 and "fig99" in capsys.readouterr().err
+    assert main("figures".split()) == 2  # no records in this folder
+    assert "figures" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_the_demo(folder, capsys, monkeypatch):
+    from cs336_lm import experiments
+    def stopped(*args, **options): raise KeyboardInterrupt("stopped at step 3")
+    monkeypatch.setattr(experiments, "demo", stopped)
+    assert main(["demo"]) == 130 and capsys.readouterr().err == "cs336: interrupted.\n"
