@@ -71,7 +71,7 @@ def imported_modules(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cs336_lm."): found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "cs336_lm": found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "cs336_lm": found |= {a.name for a in node.names if a.name != "__version__"}
         elif isinstance(node, ast.Import): found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("cs336_lm.")}
     return found
 
