@@ -5,21 +5,27 @@
 # %% ../nbs/05_tokenizer.ipynb #95313215
 from __future__ import annotations
 
-import hashlib, heapq, json, os
+import hashlib, heapq, html, importlib, json, os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .corpora import write_aside
-from .pretokenization import check_special_tokens, pretokenize, split_special
+from .pretokenization import PATTERN, check_special_tokens, pretokenize, split_special
+
+if TYPE_CHECKING: import tiktoken, tokenizers
 
 # %% auto #0
-__all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'merge_in_order',
-           'merge_by_rank', 'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials', 'join_tokens',
-           'text_parts', 'new_cache', 'remember', 'encode_utf8', 'look_up', 'ByteLevelBPE', 'proper_beginnings',
-           'open_places', 'settled_parts', 'cut_pieces', 'byte_to_unicode', 'token_to_text', 'text_to_token',
-           'read_json', 'read_vocab', 'read_merges', 'Tokenizer', 'save_tokenizer', 'read_specials', 'load_tokenizer']
+__all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'TOKEN_COLOURS',
+           'VIEW_STYLE', 'merge_in_order', 'merge_by_rank', 'merge_with_heap', 'invert_vocab', 'check_merge',
+           'append_specials', 'join_tokens', 'text_parts', 'new_cache', 'remember', 'encode_utf8', 'look_up',
+           'ByteLevelBPE', 'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'byte_to_unicode',
+           'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'Tokenizer', 'save_tokenizer',
+           'read_specials', 'load_tokenizer', 'visible', 'token_html', 'TokenView', 'mergeable_ranks',
+           'check_all_bytes', 'need', 'tiktoken_encoding', 'huggingface_vocab', 'huggingface_tokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #1fe35062
 def merge_in_order(pretoken: bytes, merges: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
@@ -362,6 +368,25 @@ class Tokenizer(ByteLevelBPE):
         "What `save` wrote, or a folder with GPT-2's two files; `FileNotFoundError` or `ValueError` naming the file."
         return load_tokenizer(cls, Path(directory))
 
+    def show(self, text: str, limit: int = 2_000) -> TokenView:
+        "The tokens of a text, at most `limit` of them: drawn in colour in a notebook, with ids under the pointer."
+        ids = self.encode(text)
+        return TokenView(tuple([self.vocab[id] for id in ids[:limit]]), tuple(ids[:limit]), max(0, len(ids) - limit))
+
+    def to_tiktoken(self, name: str = "cs336_lm") -> tiktoken.Encoding:
+        """The same tokenizer for `tiktoken`, ids identical: `encode(text, allowed_special=set(special_tokens))`.
+
+        Raises `ValueError` where `tiktoken` would give other ids (the chapter says when), `ImportError` without it.
+        """
+        return tiktoken_encoding(self, name)
+
+    def to_huggingface(self) -> tokenizers.Tokenizer:
+        """The same tokenizer for Hugging Face's `tokenizers`, ids identical; its `save` writes a `tokenizer.json`.
+
+        Raises `ValueError` where it could not give the same ids, `ImportError` without the library.
+        """
+        return huggingface_tokenizer(self)
+
 # %% ../nbs/05_tokenizer.ipynb #0ba870ce
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     "Write the four files of a tokenizer's folder."
@@ -399,3 +424,105 @@ def _check_meta(tokenizer: Tokenizer, meta: dict, directory: Path) -> None:
         raise ValueError(f"{directory}: the files do not fit together, meta.json names another tokenizer than the "
                          f"other files make. Save the tokenizer again, or remove meta.json if the change was meant.")
     tokenizer.trained_on = meta.get("trained_on")
+
+# %% ../nbs/05_tokenizer.ipynb #fe90a534
+def visible(token: bytes) -> str:
+    "A token for the eye: characters that cannot be seen, and bytes that are no character by themselves, as escapes."
+    text = token.decode("utf-8", errors="backslashreplace")
+    return "".join([char if char.isprintable() else char.encode("unicode_escape").decode() for char in text])
+
+# %% ../nbs/05_tokenizer.ipynb #cfffdcb7
+TOKEN_COLOURS = "#cfe8fc", "#ffe3b3", "#c9efdd", "#f6d5e5", "#fff7b0", "#e3dcf5"  # light, and told apart by anyone
+VIEW_STYLE = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;line-height:1.6"
+
+
+def token_html(token: bytes, id: int, place: int) -> str:
+    "One token as a coloured HTML element; a line break in it also breaks the line."
+    about = html.escape(f"id {id}: {token!r}", quote=True)
+    style = f"background:{TOKEN_COLOURS[place % len(TOKEN_COLOURS)]};color:#000;unicode-bidi:isolate"
+    shown = html.escape(visible(token), quote=True) + "<br>" * token.count(b"\n")
+    return f'<span style="{style}" title="{about}">{shown}</span>'
+
+# %% ../nbs/05_tokenizer.ipynb #463ce977
+@dataclass(frozen=True)
+class TokenView:
+    "The tokens of a text: coloured in a notebook, separated by bars when printed."
+    tokens: tuple[bytes, ...]
+    ids: tuple[int, ...]
+    left_out: int  # tokens of the text that are not shown
+
+    def __repr__(self) -> str:
+        more = f" ... and {self.left_out:,} more" if self.left_out else ""
+        return "|".join(visible(token) for token in self.tokens) + more
+
+    def _repr_html_(self) -> str:
+        spans = "".join(map(token_html, self.tokens, self.ids, range(len(self.ids))))
+        more = f"<div>... and {self.left_out:,} more tokens</div>" if self.left_out else ""
+        return f'<div class="tex2jax_ignore mathjax_ignore" style="{VIEW_STYLE}">{spans}{more}</div>'  # no formulas
+
+# %% ../nbs/05_tokenizer.ipynb #8d496054
+def mergeable_ranks(tokenizer: ByteLevelBPE) -> dict[bytes, int]:
+    """Bytes and merged tokens with their ids, if ids are the order of merges; `ValueError` saying why not otherwise.
+
+    With these, joining neighbours whose bytes are a token, lowest id first, is joining by the merge list."""
+    ids = tokenizer._ids
+    made = list(dict.fromkeys(left + right for left, right in tokenizer.merges))
+    for before, after in zip(made, made[1:]):
+        if ids[before] > ids[after]: raise ValueError(f"The id of {before!r}, {ids[before]}, is larger than that of "
+                                                      f"{after!r}, {ids[after]}, which is merged later.")
+    for token in made:
+        if (parts := merge_with_heap(token, tokenizer._ranks)) != [token]:
+            raise ValueError(f"The token {token!r} never comes up: its own bytes are encoded as {parts}.")
+    return {token: ids[token] for token in [*(bytes([byte]) for byte in range(256)), *made]}
+
+# %% ../nbs/05_tokenizer.ipynb #ac91609d
+def check_all_bytes(tokenizer: ByteLevelBPE) -> None:
+    "`ValueError` if some byte has no token: other libraries would drop it or fail where ours says what is wrong."
+    missing = [byte for byte in range(256) if bytes([byte]) not in tokenizer._ids]
+    if missing: raise ValueError(f"The byte {bytes(missing[:1])!r} is not in the vocabulary: it does not hold all 256.")
+
+
+def need(name: str):
+    "The optional library `name`; `ImportError` saying how to get it."
+    try: return importlib.import_module(name)
+    except ImportError: raise ImportError(f"This needs the library {name}: pip install {name}") from None
+
+# %% ../nbs/05_tokenizer.ipynb #681b8a9c
+def tiktoken_encoding(tokenizer: ByteLevelBPE, name: str):
+    "A `tiktoken.Encoding` with the same ids, or `ValueError`."
+    tiktoken, specials = need("tiktoken"), sorted(tokenizer.special_tokens)
+    check_all_bytes(tokenizer)
+    for one, next_one in zip(specials, specials[1:]):  # sorted, what begins another stands right before one of those
+        if next_one.startswith(one):
+            raise ValueError(f"The special token {one!r} begins {next_one!r}: tiktoken may take either.")
+    ranks = mergeable_ranks(tokenizer)
+    special = {token: tokenizer._ids[token.encode()] for token in specials}
+    for token, id in tokenizer._ids.items():
+        try: special |= {} if token in ranks else {token.decode("utf-8"): id}
+        except UnicodeDecodeError: raise ValueError(f"No merge makes the token {token!r}, and it is no text.") from None
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+# %% ../nbs/05_tokenizer.ipynb #c9494430
+def huggingface_vocab(tokenizer: ByteLevelBPE) -> dict[str, int]:
+    "Tokens as `tokenizers` names them: in GPT-2's characters, special tokens as they are."
+    vocab = {token_to_text(token): id for token, id in tokenizer._ids.items()}
+    made = {left + right for left, right in tokenizer.merges}
+    for text in tokenizer.special_tokens:  # a token that merges make, or a byte, keeps its other name too
+        token, id = text.encode(), tokenizer._ids[text.encode()]
+        if len(token) > 1 and token not in made: del vocab[token_to_text(token)]
+        if vocab.setdefault(text, id) != id:
+            raise ValueError(f"The special token {text!r} is how the files write the token {text_to_token(text)!r}.")
+    return vocab
+
+
+def huggingface_tokenizer(tokenizer: ByteLevelBPE):
+    "A `tokenizers.Tokenizer` with the same ids, or `ValueError`."
+    hf = need("tokenizers")
+    check_all_bytes(tokenizer)
+    merges = [(token_to_text(left), token_to_text(right)) for left, right in dict.fromkeys(tokenizer.merges)]
+    theirs = hf.Tokenizer(hf.models.BPE(vocab=huggingface_vocab(tokenizer), merges=merges))
+    theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = hf.decoders.ByteLevel()
+    specials = [hf.AddedToken(text, special=True, normalized=False) for text in tokenizer.special_tokens]
+    theirs.add_special_tokens(specials)
+    return theirs

@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -380,3 +381,152 @@ def test_parts_that_do_not_fit(vocab, merges, specials, message):
 def test_bad_text_and_tokens():
     with pytest.raises(ValueError, match="U.D800"): plain.encode("a\ud800")
     with pytest.raises(ValueError, match="'nonsense' is not a token"): plain.token_to_id("nonsense")
+
+
+# ---- in other libraries
+
+def other_libraries_ids(tokenizer, text):
+    "From tiktoken and tokenizers, given our tokenizer."
+    pytest.importorskip("tiktoken"), pytest.importorskip("tokenizers")
+    yield tokenizer.to_tiktoken().encode(text, allowed_special=set(tokenizer.special_tokens), disallowed_special=())
+    yield tokenizer.to_huggingface().encode(text).ids
+
+
+SHUFFLED = {id * 3 + 5: token for id, token in VOCAB.items()}  # ids with gaps, the special token in no special place
+others = [plain, Tokenizer(SHUFFLED, MERGES, [END]), Tokenizer(VOCAB, MERGES, [END, "<|im start|>", "ab", "\n\n"])]
+
+
+@settings(deadline=None, max_examples=60)
+@given(tricky, st.sampled_from(others))
+def test_conversions_give_the_same_ids(text, tokenizer):
+    text += "<|im start|>abc\n\n"
+    for ids in other_libraries_ids(tokenizer, text): assert ids == tokenizer.encode(text)
+
+
+def test_conversions_round_trip(tmp_path):
+    text = SAMPLE + END + "naïve"
+    for ids in other_libraries_ids(plain, text): assert plain.decode(ids) == text
+    assert plain.to_tiktoken("mine").name == "mine" and plain.to_tiktoken().decode(plain.encode(text)) == text
+    theirs = plain.to_huggingface()
+    assert theirs.decode(plain.encode(text), skip_special_tokens=False) == text
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    loaded = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert loaded.encode(text).ids == plain.encode(text) and loaded.get_vocab_size() == plain.vocab_size
+
+
+def test_longest_special_token_wins_at_hugging_face_and_tiktoken_is_refused():
+    pytest.importorskip("tokenizers"), pytest.importorskip("tiktoken")
+    tokenizer = Tokenizer(VOCAB, MERGES, [END, "<|a|>", "<|a|><|b|>"])
+    text = "x<|a|><|b|><|a|> <|a|><|"
+    assert tokenizer.to_huggingface().encode(text).ids == tokenizer.encode(text)
+    with pytest.raises(ValueError, match="begins"): tokenizer.to_tiktoken()
+
+
+def test_a_special_token_that_was_not_named_stays_text():
+    pytest.importorskip("tiktoken")
+    tokenizer = Tokenizer(VOCAB, MERGES)
+    assert tokenizer.to_tiktoken().encode(END, disallowed_special=()) == tokenizer.encode(END)
+    assert tokenizer.to_tiktoken().decode([VOCAB_IDS[END.encode()]]) == END
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+@pytest.mark.parametrize("tokens, merges, specials, message", [
+    ([*BYTES, b"bc", b"ab", b"abc"], [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")], [], "b'abc' never comes up"),
+    ([*BYTES, b"bc", b"ab"], [(b"a", b"b"), (b"b", b"c")], [], "larger than that of"),
+    ([*BYTES[1:], b"ab"], [(b"a", b"b")], [], r"byte b'\\x00' is not in the vocabulary"),
+    ([*BYTES, b"\xc3("], [], [], "it is no text"),
+    (BYTES, [], ["<", "<|"], "begins"),
+])
+def test_tiktoken_is_refused_where_its_ids_would_differ(tokens, merges, specials, message):
+    pytest.importorskip("tiktoken")
+    with pytest.raises(ValueError, match=message): Tokenizer(dict(enumerate(tokens)), merges, specials).to_tiktoken()
+
+
+def test_hugging_face_is_refused_where_it_could_not_tell_tokens_apart():
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match="is how the files write the token"):
+        Tokenizer(VOCAB, MERGES, ["é"]).to_huggingface()
+    with pytest.raises(ValueError, match="not in the vocabulary"): Tokenizer({0: b"a"}, []).to_huggingface()
+
+
+def join_by_bytes(word, ids):
+    parts = [word[i:i + 1] for i in range(len(word))]
+    while found := [(ids[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ids]:
+        _, i = min(found)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.permutations(range(12)), st.lists(st.text(alphabet="ab", max_size=12), min_size=8, max_size=8))
+def test_a_list_that_is_let_through_joins_by_bytes(order, words):
+    "Whatever the order of merges: refused, or the same tokens by the other library's rule."
+    pairs = [(a.encode(), b.encode()) for a in ("a", "b", "ab", "aa") for b in ("a", "b", "ba")]
+    merges = []
+    for k in order:  # only lists a training could write: parts before wholes
+        made = {b"a", b"b"} | {x + y for x, y in merges}
+        if set(pairs[k]) <= made and pairs[k][0] + pairs[k][1] not in made: merges.append(pairs[k])
+    tokenizer = Tokenizer(dict(enumerate([*BYTES, *(x + y for x, y in merges)])), merges)
+    try: ids = chapter.mergeable_ranks(tokenizer)
+    except ValueError: return
+    for word in words: assert join_by_bytes(word.encode(), ids) == merge_by_rank(word.encode(), tokenizer._ranks)
+
+
+def test_conversions_without_the_libraries(monkeypatch):
+    for name, convert in (("tiktoken", plain.to_tiktoken), ("tokenizers", plain.to_huggingface)):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=f"pip install {name}"): convert()
+
+
+# ---- the view
+
+class Parsed(HTMLParser):
+    "What a browser would make of a page: elements with their attributes, and the text of each span."
+
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.shown = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag == "span": self.shown.append("")
+
+    def handle_data(self, data): self.shown[-1] += data
+    def handle_comment(self, data): raise AssertionError(data)
+    def handle_decl(self, data): raise AssertionError(data)
+    def unknown_decl(self, data): raise AssertionError(data)
+    def handle_pi(self, data): raise AssertionError(data)
+
+
+hostile = st.lists(st.sampled_from(["<script>alert(1)</script>",
+    '"', "'", "><img src=x onerror=alert(1)>", "</span>", "<!--",
+    "-->", "&lt;", "&#60;", "&", "\x00", "\u202e", "\ud7ff", "<![CDATA[", "<?x", "$a$", "`", "</div>", "\n", END, "é"]),
+    max_size=12).map("".join)
+
+
+@quick
+@given(st.one_of(hostile, tricky))
+def test_no_text_injects_markup(text):
+    for tokenizer in (plain, nested):
+        view, ids = tokenizer.show(text), tokenizer.encode(text)
+        page = Parsed(view._repr_html_())
+        tokens = [tokenizer.vocab[id] for id in ids]
+        assert [tag for tag, _ in page.elements if tag != "br"] == ["div"] + ["span"] * len(ids)
+        assert all(set(about) <= {"class", "style", "title"} for _, about in page.elements)
+        assert page.shown == [chapter.visible(token) for token in tokens]
+        titles = [about["title"] for tag, about in page.elements if tag == "span"]
+        assert titles == [f"id {id}: {token!r}" for id, token in zip(ids, tokens)]
+        assert repr(view) == "|".join(page.shown) and all(char.isprintable() for char in repr(view))
+
+
+def test_view_is_limited_and_shows_halves_of_characters():
+    view = plain.show("a\tb é" * 50, limit=3)
+    assert view.left_out == len(plain.encode("a\tb é" * 50)) - 3
+    assert f"and {view.left_out:,} more" in repr(view) and "more tokens" in view._repr_html_()
+    bare = Tokenizer(dict(enumerate(BYTES)), [])
+    assert repr(bare.show("é\n")) == r"\xc3|\xa9|\n" and bare.show("é\n")._repr_html_().count("<br>") == 1
+    assert repr(bare.show("")) == ""
