@@ -225,6 +225,12 @@ def test_schedule_follows_its_definition(step, warmup, length, a, b):
     if step + 1 > warmup: assert cosine_schedule(step + 1, high, low, warmup, end) <= lr or step < warmup
 
 
+def test_schedule_at_its_corners():
+    assert [cosine_schedule(t, 1.0, 0.1, 4, 4) for t in (0, 3, 4, 5)] == [0, 0.75, 1.0, 0.1]
+    assert [cosine_schedule(t, 1.0, 0.1, 0, 0) for t in (0, 1)] == [1.0, 0.1]
+    assert [cosine_schedule(t, 1.0, 0.1, 7, 21) for t in (0, 7, 21, 22)] == [0, 1.0, 0.1, 0.1]
+
+
 @pytest.mark.parametrize("args", [(-1, 1.0, 0.1, 2, 5), (0, 1.0, 0.1, 6, 5), (0, 1.0, 0.1, -1, 5), (0, 0.1, 1.0, 2, 5),
                                   (0, 1.0, -0.1, 2, 5)])
 def test_schedule_refuses_impossible_settings(args):
@@ -252,6 +258,13 @@ def test_gradients_within_the_limit_keep_every_bit():
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])
     assert clip_gradients([p], 5.0) == 5 and p.grad.tolist() == [3.0, 4.0]
+
+
+def test_the_norm_is_enlarged_by_epsilon_before_it_divides():
+    p = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    p.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    clip_gradients(p, 1.0, eps=0.25)
+    torch.testing.assert_close(p.grad, torch.tensor([3.0, 4.0], dtype=torch.float64) / 5.25)
 
 
 def test_clipping_corners():
