@@ -22,10 +22,11 @@ __all__ = ['END_OF_TEXT', 'FILES', 'GENERATED', 'HELD_OUT', 'HUB', 'OFFICIAL', '
            'STORY_RULES', 'STORY_GRAMMAR', 'STORY_FILES', 'read_pieces', 'decode_utf8', 'read_documents', 'data_dir',
            'write_aside', 'describe_file', 'Corpus', 'split_text_file', 'Announced', 'gunzip', 'fetch_file', 'download',
            'corpus_names', 'find_corpus', 'Choice', 'Reference', 'first_words', 'make_choice', 'table',
-           'make_reference', 'Grammar', 'check_slots', 'Story', 'make_story', 'expand', 'sample', 'parse', 'next_word',
-           'off_the_grammar', 'parse_reference', 'parse_text', 'entropy', 'collision_probability', 'column',
-           'sample_story', 'parse_story', 'story_entropy', 'sizes', 'split_sentences', 'sentence_parses', 'Floor',
-           'population_floor', 'held_out_floor', 'write_stories', 'write_story_corpus']
+           'make_reference', 'split_template', 'named_options', 'Grammar', 'check_slots', 'Story', 'make_story',
+           'expand', 'sample', 'parse', 'next_word', 'off_the_grammar', 'parse_reference', 'parse_text', 'entropy',
+           'collision_probability', 'column', 'sample_story', 'parse_story', 'story_entropy', 'sizes',
+           'split_sentences', 'sentence_parses', 'Floor', 'population_floor', 'held_out_floor', 'write_stories',
+           'write_story_corpus']
 
 # %% ../nbs/02_corpora.ipynb #dbb3e6a2
 END_OF_TEXT = "<|endoftext|>"  # the separator of both official corpora, and GPT-2's only special token
@@ -511,7 +512,7 @@ class Choice:
     @cached_property
     def cumulative(self) -> list[float]: return list(accumulate(self.probabilities))
 
-
+# %% ../nbs/02_corpora.ipynb #6e70b360
 @dataclass(frozen=True)
 class Reference:
     "Text that follows from the choice named `slot`: `forms[k]` after its option k."
@@ -535,9 +536,9 @@ def make_choice(name: str, options: Iterable[Node], weights: Iterable[float]) ->
     options, weights, option_of = tuple(options), tuple(weights), {}
     for k, option in enumerate(options):
         words = first_words(option)
-        if not words: raise ValueError(f"In {name!r} the option {option!r} has no word, so nobody can see it was taken.")
+        if not words: raise ValueError(f"In {name!r} the option {option!r} has no word to know it by.")
         if both := words & option_of.keys():
-            raise ValueError(f"In {name!r} two options begin with {min(both)!r}: the text would not tell which was taken.")
+            raise ValueError(f"In {name!r} two options begin with {min(both)!r}: no text would tell which was taken.")
         option_of |= dict.fromkeys(words, k)
     return Choice(name, options, tuple(w / sum(weights) for w in weights), option_of)
 
@@ -564,49 +565,56 @@ def make_reference(slot: str, form: str, rows: list[dict[str, str]]) -> Referenc
     return Reference(slot, forms)
 
 # %% ../nbs/02_corpora.ipynb #2f120a80
+def split_template(text: str) -> list[str]:
+    "Literal text at even places, what stands in braces at odd ones."
+    if glued := re.search(r"\w\{|\}\w", text):
+        raise ValueError(f"A brace touches a word at {glued[0]!r} in {text!r}; put a space between them.")
+    if re.search(r"[{}]", HOLE.sub("", text)): raise ValueError(f"A brace alone, or inside another, in {text!r}.")
+    return HOLE.split(text)
+
+
+def named_options(name: str, rules: dict, tables: dict) -> tuple[list[str], list[float]]:
+    "Templates and weights of the choice of this name: a table's first column, words between bars, or a rule."
+    if name in tables: options = [next(iter(row.values())) for row in tables[name]]
+    elif "|" in name: options = name.split("|")
+    elif name in rules: options = rules[name]
+    else: raise ValueError(f"There is neither a rule nor a table {name!r}.")
+    return list(options), list(options.values()) if isinstance(options, dict) else [1] * len(options)
+
+# %% ../nbs/02_corpora.ipynb #92ec466f
 class Grammar:
-    "Rules and tables made into a tree: `root` is its top, `choices` has every choice by its name."
+    """Rules and tables made into a tree: `root` is its top, `choices` has every choice by its name.
+
+    `ValueError` names the rule, table or template where something is wrong."""
     def __init__(self, rules: dict, tables: dict[str, list[dict[str, str]]], start: str = "story"):
         self.rules, self.tables, self.choices = rules, tables, {}
-        self.root = self.node(start)
+        self.root = self.choice(start)
         check_slots(self.root)
 
-    def node(self, hole: str) -> Node:
-        "The node of what stands in braces."
-        slot, _, form = hole.removeprefix("choose ").partition(".")
-        if hole.startswith("choose ") and slot not in self.tables: raise ValueError(f"There is no table {slot!r} to choose from.")
-        if hole.startswith("choose ") or slot not in self.tables: return self.choice(hole.removeprefix("choose "))
-        return make_reference(slot, form or next(iter(self.tables[slot][0])), self.tables[slot])
-
     def choice(self, name: str) -> Choice:
-        "The choice of this name, built when it is first met."
         if name not in self.choices:
             self.choices[name] = None  # being built: a rule that meets itself inside itself would never end
-            self.choices[name] = make_choice(name, *self.options(name))
+            templates, weights = named_options(name, self.rules, self.tables)
+            self.choices[name] = make_choice(name, map(self.sequence, templates), weights)
         if self.choices[name] is None: raise ValueError(f"The rule {name!r} contains itself.")
         return self.choices[name]
 
-    def options(self, name: str) -> tuple[list[Node], list[float]]:
-        "Options and weights of a table, of words between bars, or of a rule."
-        if name in self.tables: options = [next(iter(row.values())) for row in self.tables[name]]
-        elif "|" in name: options = name.split("|")
-        elif name in self.rules: options = self.rules[name]
-        else: raise ValueError(f"There is neither a rule nor a table {name!r}.")
-        weights = options.values() if isinstance(options, dict) else [1] * len(options)
-        return [self.template(option) for option in options], list(weights)
+    def sequence(self, template: str) -> tuple[Node, ...]:
+        parts = split_template(template)
+        return tuple(self.node(part) if i % 2 else part for i, part in enumerate(parts) if part)
 
-    def template(self, text: str) -> tuple[Node, ...]:
-        "Literal text and nodes in turn."
-        if glued := re.search(r"\w\{|\}\w", text):
-            raise ValueError(f"A brace touches a word at {glued[0]!r} in {text!r}; put a space between them.")
-        parts = (self.node(part) if i % 2 else part for i, part in enumerate(HOLE.split(text)))
-        return tuple(part for part in parts if part != "")
+    def node(self, hole: str) -> Node:
+        chosen = hole.removeprefix("choose ")
+        if hole != chosen and chosen not in self.tables: raise ValueError(f"There is no table {chosen!r} to choose in.")
+        slot, _, form = hole.partition(".")
+        if slot not in self.tables: return self.choice(chosen)
+        return make_reference(slot, form or next(iter(self.tables[slot][0])), self.tables[slot])
 
 # %% ../nbs/02_corpora.ipynb #5347e1e9
 def check_slots(node: Node, chosen: frozenset[str] = frozenset()) -> frozenset[str]:
     "The choices certainly made after `node`; `ValueError` for a reference to one that may not have been made."
     if isinstance(node, Reference) and node.slot not in chosen:
-        raise ValueError(f"{{{node.slot}}} is used where it may not have been chosen; put {{choose {node.slot}}} before it.")
+        raise ValueError(f"{{{node.slot}}} may be used before it is chosen; put {{choose {node.slot}}} before it.")
     if isinstance(node, tuple):
         for part in node: chosen = check_slots(part, chosen)
     if isinstance(node, Choice):
@@ -645,10 +653,7 @@ def sample(grammar: Grammar, rng: random.Random) -> Story:
 
 # %% ../nbs/02_corpora.ipynb #d761ca11
 def parse(node: Node, text: str, at: int, known: dict[str, set[int]], found: list[tuple[str, int, int]]) -> int:
-    """Where `node` ends in `text` if it begins at `at`; choices go to `found` as (name, option, place), slots to `known`.
-
-    Raises `ValueError` naming the place where the text leaves the grammar.
-    """
+    "Where `node`, begun at `at`, ends; choices go to `found` as (name, option, place). `ValueError` off the grammar."
     if isinstance(node, tuple):
         for part in node: at = parse(part, text, at, known, found)
     elif isinstance(node, Choice):
@@ -674,7 +679,7 @@ def next_word(text: str, at: int) -> str:
 def off_the_grammar(text: str, at: int, expected: str) -> NoReturn:
     raise ValueError(f"This is no text of the grammar: at character {at} comes {text[at:at + 20]!r}, not {expected}.")
 
-
+# %% ../nbs/02_corpora.ipynb #868465f5
 def parse_reference(node: Reference, text: str, at: int, known: dict[str, set[int]]) -> int:
     "Where the form that stands at `at` ends; only the rows that have this form stay possible."
     rows = known.setdefault(node.slot, set(range(len(node.forms))))
@@ -708,7 +713,8 @@ def collision_probability(node: Node) -> float:
 # %% ../nbs/02_corpora.ipynb #b761c9d7
 STORY_TABLES: dict[str, list[dict[str, str]]] = {}
 STORY_RULES: dict[str, list[str] | dict[str, float]] = {"story": [
-    "{beginning} {habit} {wanting} {hint} {setting_out} {trouble} {feeling} {meeting} {help} {thanks} {reward} {ending}"]}
+    "{beginning} {habit} {wanting} {hint} {setting_out} {trouble} "
+    "{feeling} {meeting} {help} {thanks} {reward} {ending}"]}
 
 
 def column(name: str, words: str) -> list[dict[str, str]]:
@@ -719,8 +725,10 @@ def column(name: str, words: str) -> list[dict[str, str]]:
 STORY_TABLES["hero"] = [row for names, forms in (("Tom Ben Max Sam Leo Jack", "he | him | his"),
                                                  ("Lily Mia Anna Sue Rose Kate", "she | her | her"))
                         for name in names.split() for row in table(f"name | he | him | his\n {name} | {forms}")]
-STORY_TABLES["trait"] = column("trait", "little brave shy funny kind happy young gentle sleepy clever merry wise quiet proud "
-                                        "lonely busy")
+STORY_TABLES["trait"] = column("trait", "little brave shy funny kind happy young gentle sleepy clever merry wise "
+                                        "quiet proud lonely busy")
+
+# %% ../nbs/02_corpora.ipynb #17a18efa
 STORY_TABLES["kind"] = table("""
     kind | home | went
     bear | cave | walked
@@ -734,7 +742,7 @@ STORY_TABLES["kind"] = table("""
     lamb | barn | skipped
     frog | well | jumped""")
 
-# %% ../nbs/02_corpora.ipynb #17a18efa
+# %% ../nbs/02_corpora.ipynb #b9e8776e
 STORY_TABLES["place"] = table("""
     place | spot
     forest | tree
@@ -747,6 +755,8 @@ STORY_TABLES["place"] = table("""
     hill | stone
     lake | boat
     castle | tower""")
+
+# %% ../nbs/02_corpora.ipynb #2c63c930
 STORY_RULES["beginning"] = {
     "Once upon a time, a {choose trait} {choose kind} named {choose hero} lived by the {choose place}.": 2,
     "Long ago, by the {choose place}, there lived a {choose trait} {choose kind} named {choose hero}.": 1,
@@ -793,7 +803,7 @@ STORY_RULES["hint"] = ['{hero.His} {choose elder} said, "{advice}."', '"{advice}
 STORY_RULES["advice"] = [
     "Look {behind|near|under} the {place.spot}",
     "Ask the {first|next|last} {animal} you meet",
-    "Be {brave|kind|gentle|happy} and you will find one",
+    "Be {brave|kind|gentle|happy} and you will find a {wish}",
     "Follow the {path|river|birds|moon|stars}",
     "Good things come to those who {wait|try|share|help|sing}",
     "Never {stop looking|give up}",
@@ -804,9 +814,10 @@ STORY_RULES["animal"] = ["owl", "turtle", "goat", "deer", "crow", "horse", "beav
 STORY_TABLES["snack"] = column("snack", "bread honey cheese milk soup cake jam nuts plums pie")
 STORY_RULES["look"] = ["tiny", "big", "long", "strong", "pretty", "magic", "shiny", "small", "lovely", "strange"]
 STORY_RULES["setting_out"] = [
-    "One {sunny|windy|cold|warm|bright|quiet} {time}, {hero.he} packed some {choose snack} and {kind.went} {away|off|out}.",
+    "One {sunny|windy|cold|warm|bright|quiet} {time}, {hero.he} packed some {choose snack} and "
+    "{kind.went} {away|off|out}.",
     "So {hero.he} took some {choose snack} and {kind.went} {down|up|along} the {look} {road|path}.",
-    "The next {time}, {hero} {kind.went} {away|off|out} with some {choose snack}.",
+    "To find a {wish}, {hero} {kind.went} {away|off|out} with some {choose snack}.",
     "With some {choose snack} for lunch, {hero.he} {kind.went} {into|over|past} the {look} {woods|fields}."]
 
 # %% ../nbs/02_corpora.ipynb #fd155a64
@@ -834,7 +845,8 @@ STORY_RULES["sad"] = ["sad", "scared", "cold", "tired", "lonely", "lost", "hungr
 STORY_RULES["feeling"] = [
     "{hero.He} {was|felt} {very|so} {sad} and {began|started} to {cry|shake|sob}.",
     '"Help, I am {very|so} {sad}," {cried|called} {hero}.',
-    "{Big|Hot|Round} tears {rolled|ran|fell} down {hero.his} {cheeks|face|nose}."]
+    "{Big|Hot|Round} tears {rolled|ran|fell} down {hero.his} {cheeks|face|nose}.",
+    '"Now I will never find a {colour} {wish}," {cried|said} {hero}.']
 
 # %% ../nbs/02_corpora.ipynb #41563147
 STORY_TABLES["manner"] = column("manner", " ".join(row["trait"] for row in STORY_TABLES["trait"]))
@@ -842,7 +854,7 @@ STORY_TABLES["helper"] = column("helper", " ".join(STORY_RULES["animal"]))
 STORY_RULES["meeting"] = [
     "A {choose manner} {choose helper} {heard|saw} {hero.him} and {came|walked|ran} {over|closer}.",
     "Just then, a {choose manner} {choose helper} came {by|along} with a {look} {hat|bag|coat}.",
-    "Luckily, a {choose manner} {choose helper} lived {nearby|next door}.",
+    "Luckily, a {choose manner} {choose helper} lived {near|under} the {place.spot}.",
     "Soon, a {choose manner} {choose helper} {looked|jumped} out from behind the {place.spot}.",
     "From behind the {place.spot} came a {choose manner} {choose helper}."]
 
@@ -859,20 +871,21 @@ STORY_RULES["thanks"] = [
 
 # %% ../nbs/02_corpora.ipynb #68a433d0
 STORY_RULES["reward"] = [
-    "The {helper} gave {hero.him} a {colour} {wish} {to keep|at last|with a smile}.",
-    "Then {hero.he} saw {it|something}: a {colour} {wish} {in the grass|on a branch|under a leaf|near the path}!",
+    "The {helper} gave {hero.him} a {colour} {wish} {to keep|at last|with love}.",
+    "Then {hero.he} saw {it|something}: a {colour} {wish} {in the fields|on a branch|under a leaf|near the path}!",
     'Suddenly {hero.he} {cried|called|sang}, "Look, a {colour} {wish}!"',
     "And there, {behind|beside|under} the {place.spot}, {lay|was} a {colour} {wish}!"]
-STORY_RULES["how_long"] = ["all day", "again and again", "for hours"]
+STORY_RULES["how_long"] = ["all day", "every day", "for hours"]
 
 # %% ../nbs/02_corpora.ipynb #5634b342
 STORY_RULES["ending"] = [
     "{hero} {wish.used} the {wish} {how_long} and {slept|dreamed} in {hero.his} {kind.home}.",
-    "That {time}, {hero.he} {kind.went} home to {hero.his} {kind.home} and told {hero.his} {elder} {everything|the story}.",
+    "That {time}, {hero.he} {kind.went} home to {hero.his} {kind.home} and told {hero.his} {elder} "
+    "{everything|the story}.",
     '"From now on, I will watch out for {mishap.things}," {said|laughed|called} {hero}.',
-    "Together they {wish.used} the {wish} and {were|stayed} {best|good|true} friends {forever|from that day on}.",
+    "Together they {wish.used} the {wish} and {were|stayed} {best|good|true} friends {forever|after that}.",
     "{hero.His} {elder} gave {hero.him} a {kiss|hug|bath} and {hero.he} {wish.used} the {wish} {how_long}.",
-    "And all the {birds|bees|children} of the {place} still {tell|love} the story of {hero} and the {helper}."]
+    "And all the {birds|bees|owls} of the {place} still {tell|love} the story of {hero}."]
 STORY_GRAMMAR = Grammar(STORY_RULES, STORY_TABLES)
 
 # %% ../nbs/02_corpora.ipynb #a3c2f12e
@@ -923,13 +936,13 @@ class Floor:
 
 
 def population_floor(tokens_per_story: float) -> Floor:
-    "Entropy a token and a byte of stories of which one has so many tokens on average; the separator is counted in both."
+    "The floor of all stories, if one has so many tokens on average; its separator is counted, in bytes too."
     length = sizes(STORY_GRAMMAR, STORY_GRAMMAR.root, lambda text: len(text.encode()))[1] + len(END_OF_TEXT)
     return Floor(story_entropy() / tokens_per_story, story_entropy() / math.log(2) / length)
 
-
+# %% ../nbs/02_corpora.ipynb #bfa05269
 def held_out_floor(path: str | os.PathLike, num_tokens: int) -> Floor:
-    """The floor of a file of stories that has `num_tokens` tokens, separators counted: its mean -log p a token and a byte.
+    """The floor of a file of stories with `num_tokens` tokens, separators counted: its mean -log p a token and a byte.
 
     Raises `ValueError` naming the file if a document in it is no story of the grammar.
     """
@@ -937,12 +950,12 @@ def held_out_floor(path: str | os.PathLike, num_tokens: int) -> Floor:
     for document in read_documents(path):
         try: nats -= parse_story(document.strip()).log_probability
         except ValueError as error: raise ValueError(f"{path} is not made by the story grammar. {error}") from None
-    if not nats or num_tokens < 1: raise ValueError(f"{path} with {num_tokens} tokens: there is no story, so there is no floor.")
+    if not nats or num_tokens < 1: raise ValueError(f"{path} with {num_tokens} tokens has no story, so no floor.")
     return Floor(nats / num_tokens, nats / math.log(2) / size)
 
 # %% ../nbs/02_corpora.ipynb #adcad1d7
 def write_stories(path: str | os.PathLike, num_bytes: int, seed: int) -> int:
-    "Write stories, a separator after each, until the file has at least `num_bytes`; return how many. Same seed, same file."
+    "Write at least `num_bytes` of stories, a separator after each; return how many. The same seed gives the same file."
     if num_bytes < 1: raise ValueError(f"Cannot write {num_bytes} bytes of stories to {path}; ask for at least 1.")
     rng, size, count = random.Random(seed), 0, 0
     with write_aside(path) as file:
