@@ -119,7 +119,7 @@ def record_run(run: str | Path, records: str | Path = "figures/runs", most_steps
     return target
 
 # %% ../nbs/13_experiments.ipynb #fbecb766
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", "-.", ":")
 STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9,
          "figure.dpi": 100, "savefig.dpi": 150, "figure.constrained_layout.use": True, "axes.axisbelow": True,
