@@ -803,7 +803,7 @@ STORY_RULES["hint"] = ['{hero.His} {choose elder} said, "{advice}."', '"{advice}
 STORY_RULES["advice"] = [
     "Look {behind|near|under} the {place.spot}",
     "Ask the {first|next|last} {animal} you meet",
-    "Be {brave|kind|gentle|happy} and you will find a {wish}",
+    "Be {brave|kind|gentle|happy} and you will find a {colour} {wish}",
     "Follow the {path|river|birds|moon|stars}",
     "Good things come to those who {wait|try|share|help|sing}",
     "Never {stop looking|give up}",
@@ -817,7 +817,7 @@ STORY_RULES["setting_out"] = [
     "One {sunny|windy|cold|warm|bright|quiet} {time}, {hero.he} packed some {choose snack} and "
     "{kind.went} {away|off|out}.",
     "So {hero.he} took some {choose snack} and {kind.went} {down|up|along} the {look} {road|path}.",
-    "To find a {wish}, {hero} {kind.went} {away|off|out} with some {choose snack}.",
+    "To find a {colour} {wish}, {hero} {kind.went} {away|off|out} with some {choose snack}.",
     "With some {choose snack} for lunch, {hero.he} {kind.went} {into|over|past} the {look} {woods|fields}."]
 
 # %% ../nbs/02_corpora.ipynb #fd155a64
