@@ -233,7 +233,7 @@ def test_what_cannot_be_split_says_why_and_writes_nothing(tmp_path, content, sai
 def test_find_corpus_by_name_path_and_registration(tmp_path, monkeypatch):
     monkeypatch.setenv("CS336_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="cs336 data download owt"): find_corpus("owt")
-    with pytest.raises(FileNotFoundError, match="Known corpora: .*tinystories-9MB"): find_corpus("tinystoris")
+    with pytest.raises(FileNotFoundError, match="corpora: .*tinystories-9MB"): find_corpus("tinystoris")
     with pytest.raises(IsADirectoryError): find_corpus(tmp_path)
     for name in ("tinystories_train.txt", "tinystories_valid.txt"): (tmp_path / name).write_text("x")
     assert find_corpus("tinystories-9MB") == Corpus("tinystories-9MB", tmp_path / "tinystories_train.txt", tmp_path / "tinystories_valid.txt")
@@ -333,6 +333,9 @@ def server(monkeypatch):
 
 TEXT = b"".join(b"Story %d is about %d.\n<|endoftext|>\n" % (n, n * n % 991) for n in range(400))
 QUICK = dict(progress=False, pause=0, timeout=5)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*publishes no SHA-256")
 
 
 def fetch(server, path, name="/file.txt", **options): return fetch_file(server.url + name, path, **{**QUICK, **options})
@@ -477,6 +480,15 @@ def test_corrupted_gzip_is_refused_and_not_resumed(server, tmp_path):
     server.site.body = good
     fetch(server, tmp_path / "f.txt", "/f.gz")
     assert (tmp_path / "f.txt").read_bytes() == TEXT
+
+
+def test_what_could_not_be_checked_is_said(server, tmp_path, recwarn):
+    with pytest.warns(UserWarning, match="f.txt.* no SHA-256; checked: size$"): fetch(server, tmp_path / "f.txt")
+    server.site.body, server.site.chunked = gzip.compress(TEXT), True
+    with pytest.warns(UserWarning, match="no SHA-256; checked: gzip checksum$"): fetch(server, tmp_path / "g.txt", "/g.gz")
+    server.site.sha256 = hashlib.sha256(server.site.body).hexdigest()
+    recwarn.clear()
+    assert fetch(server, tmp_path / "h.txt", "/h.gz")["sha256"] and not recwarn.list
 
 
 def test_a_damaged_byte_is_found_by_the_published_hash(server, tmp_path):
