@@ -5,7 +5,7 @@
 # %% ../nbs/02_corpora.ipynb #b09e2409
 from __future__ import annotations
 
-import codecs, hashlib, http.client, json, math, os, random, re, shutil, time, urllib.request, zlib
+import codecs, hashlib, http.client, json, math, os, random, re, shutil, time, urllib.request, warnings, zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -447,8 +447,8 @@ def fetch_file(url: str, path: str | os.PathLike, *, progress: bool = True, trie
     """Download `url` to `path`, inflated if the address ends with .gz; goes on with what an earlier call left.
 
     It gives up after `tries` failures in a row without a new byte, first `pause` seconds apart, then twice that, ...
-    Returns what could be checked: `{"bytes": as sent or None, "sha256": published hash or None}`. Raises `OSError`
-    in one sentence; the old file at `path`, if any, is then as it was.
+    Returns what could be checked: `{"bytes": as sent or None, "sha256": published hash or None}`; a warning says so
+    where no hash is published. Raises `OSError` in one sentence; the old file at `path`, if any, is then as it was.
     """
     path = _target(path)
     part, state = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
@@ -458,6 +458,9 @@ def fetch_file(url: str, path: str | os.PathLike, *, progress: bool = True, trie
         else: break
     else: raise OSError(f"Cannot download {path.name}: {url} broke off {tries} times and cannot send the rest alone.")
     checked = _read_state(state)
+    if checked.sha256 is None:
+        what = " and ".join(["size"] * bool(checked.size) + ["gzip checksum"] * url.endswith(".gz")) or "nothing"
+        warnings.warn(f"{path.name}: the server publishes no SHA-256; checked: {what}", stacklevel=2)
     for leftover in (part, state): leftover.unlink(missing_ok=True)
     return {"bytes": checked.size, "sha256": checked.sha256}
 
@@ -495,8 +498,8 @@ def find_corpus(name_or_path: str | os.PathLike, directory: str | os.PathLike | 
     if name in FILES: return _named_corpus(name, folder)
     path = next((p for p in (Path(name), folder / name) if p.exists()), None)
     if path is None:
-        raise FileNotFoundError(f"There is no corpus and no text file {name!r} here or in {folder}. "
-                                f"Known corpora: {', '.join(corpus_names())}.")
+        raise FileNotFoundError(f"There is no corpus and no text file {name!r} here or in {folder}; "
+                                f"corpora: {', '.join(corpus_names())}.")
     if path.is_dir(): raise IsADirectoryError(f"{path} is a folder; name a text file in it.")
     return split_text_file(path, folder)
 
