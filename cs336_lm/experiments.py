@@ -9,19 +9,21 @@ __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 
            'Prepared', 'prepare_tokenizer', 'prepare_tokens', 'prepare', 'run_config', 'run_experiment', 'NgramModel',
            'histories', 'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over', 'long_sentences', 'longest_run',
            'text_measures', 'counted_losses', 'story_measures', 'training_measures', 'draw_samples', 'measure_demo',
-           'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'train_demo', 'demo',
+           'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'one_thread', 'train_demo', 'demo',
            'experiment_log', 'experiment_row']
 
 # %% ../nbs/13_experiments.ipynb #8525d401
 import json, math, re, shutil, textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -260,9 +262,9 @@ class Recipe:
     tokenizer_corpus: str | None = None
 
 # %% ../nbs/13_experiments.ipynb #288e6326
-_DEMO = dict(model=replace(PRESETS["demo"], tied_embeddings=True, embedding_std=0.02), rows="documents",
-             batch_size=16, steps=937, max_lr=5e-3, min_lr=1e-4, warmup_steps=47, betas=(0.9, 0.99), weight_decay=0.1,
-             eval_every=187, eval_batch_size=64, log_every=10, checkpoint_every=0, keep_checkpoints=1, device="cpu")
+_DEMO = dict(model=replace(PRESETS["demo"], tied_embeddings=True, embedding_std=0.02), rows="documents", batch_size=8,
+             steps=2_100, max_lr=1e-2, min_lr=2e-4, warmup_steps=105, betas=(0.9, 0.99), weight_decay=0.1,
+             eval_every=525, eval_batch_size=64, log_every=10, checkpoint_every=0, keep_checkpoints=1, device="cpu")
 _TINYSTORIES_9MB = dict(model=PRESETS["tinystories"], batch_size=64, steps=640, max_lr=2e-3, min_lr=2e-4,
                         warmup_steps=64, eval_every=80, checkpoint_every=0, keep_checkpoints=1, seed=0)
 
@@ -574,9 +576,18 @@ def finish_demo(prepared: Prepared, run: Path, num_samples: int) -> tuple[RunLog
     return log, samples
 
 # %% ../nbs/13_experiments.ipynb #4954ca2d
+@contextmanager
+def one_thread() -> Iterator[None]:
+    "Within it PyTorch computes in one thread."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/13_experiments.ipynb #7cd0fc0a
 def train_demo(config: TrainConfig, progress: bool) -> Path:
     "Train to the end and return the run's folder. ValueError if the run diverged, KeyboardInterrupt if it was stopped."
-    result = train(config, progress=progress)
+    with one_thread(): result = train(config, progress=progress)
     if result.status == "diverged": raise ValueError(f"the demo's training diverged: {result.reason}")
     if result.status == "interrupted": raise KeyboardInterrupt(f"stopped at step {result.step}")
     return result.folder
