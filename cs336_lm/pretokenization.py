@@ -5,18 +5,27 @@
 # %% ../nbs/03_pretokenization.ipynb #52757351
 from __future__ import annotations
 
-import codecs, os, re, signal
+import codecs, itertools, os, re, signal, sys, tempfile, threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import regex
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['PATTERN', 'MIN_PARALLEL_BYTES', 'pretokenize', 'kind', 'check_special_tokens', 'split_special', 'count_text',
-           'kinds_part', 'is_safe_cut', 'read_text', 'read_chunks', 'count_pretokens']
+__all__ = ['PATTERN', 'MIN_PARALLEL_BYTES', 'EDGE', 'LETTER', 'NUMBER', 'OTHER', 'SPACE', 'BLANK', 'QUOTE', 'MAYBE_CONTRACTION',
+           'LOOK', 'MIN_COMPILED_BYTES', 'pretokenize', 'kind', 'check_special_tokens', 'split_special', 'count_text',
+           'kinds_part', 'is_safe_cut', 'read_text', 'read_chunks', 'count_pretokens_clear', 'three_kinds_rule',
+           'kind_table', 'compiled', 'load_compiled', 'read_code_point', 'same_bytes', 'special_width',
+           'contraction_width', 'scan_tables', 'look_closer', 'find_pieces', 'eight_bytes', 'word_key', 'add_short',
+           'bytes_hash', 'find_long', 'add_long', 'count_pieces', 'pour', 'WordTable', 'Words', 'copy_words',
+           'words_in_order', 'kinds_part_at', 'contraction_letter', 'special_beside', 'last_safe_cut', 'count_words',
+           'compiled_ready', 'count_pretokens']
 
 # %% ../nbs/03_pretokenization.ipynb #8e0ee28d
 # GPT-2's pre-tokenization pattern (Radford et al., 2019), for the module `regex`.
@@ -102,12 +111,15 @@ def read_text(path: str | os.PathLike, block_bytes: int = 1 << 20) -> Iterator[s
         while True:
             block, held = file.read(block_bytes), len(decoder.getstate()[0])
             try: text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {done - held + error.start:,}; "
-                                 "convert the file to UTF-8 or remove those bytes") from None
+            except UnicodeDecodeError as error: raise _not_utf8(path, done - held + error.start, error.reason) from None
             if not block: return
             done += len(block)
             yield text
+
+
+def _not_utf8(path: str | os.PathLike, place: int, reason: str) -> ValueError:
+    return ValueError(f"{path} is not UTF-8: {reason} at byte {place:,}; "
+                      "convert the file to UTF-8 or remove those bytes")
 
 # %% ../nbs/03_pretokenization.ipynb #8d4bf621
 def read_chunks(path: str | os.PathLike, special_tokens: Iterable[str], chunk_bytes: int = 1 << 20) -> Iterator[str]:
@@ -148,18 +160,506 @@ def _with_bar(chunks: Iterable[str], size: int, progress: bool) -> Iterator[str]
             bar.update(len(chunk.encode()) if progress else 0)
 
 # %% ../nbs/03_pretokenization.ipynb #fbdc5467
-def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
-                    progress: bool = False, chunk_bytes: int = 1 << 20) -> Counter[bytes]:
-    """How often each pre-token (as UTF-8 bytes) occurs in a text file; special tokens separate and are not counted.
-
-    The result does not depend on `num_processes` and `chunk_bytes`. Memory grows with the distinct pre-tokens, not with
-    the file. FileNotFoundError if there is no file; ValueError, with the byte offset, if it is not UTF-8.
-    Source: handout problem train_bpe."""
-    for name, value in (("num_processes", num_processes), ("chunk_bytes", chunk_bytes)):
+def _check_at_least_one(**values: int) -> None:
+    for name, value in values.items():
         if value < 1: raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def count_pretokens_clear(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
+                          progress: bool = False, chunk_bytes: int = 1 << 20) -> Counter[bytes]:
+    """How often each pre-token occurs in a text file: the specification of `count_pretokens`, which see.
+
+    The result does not depend on `num_processes` and `chunk_bytes`; a small file starts no process."""
+    _check_at_least_one(num_processes=num_processes, chunk_bytes=chunk_bytes)
     tokens, size, counts = check_special_tokens(special_tokens), os.path.getsize(path), Counter()
     chunks = _with_bar(read_chunks(path, tokens, chunk_bytes), size, progress)
     in_processes = num_processes > 1 and size >= MIN_PARALLEL_BYTES
     for part in (_count_in_processes(chunks, tokens, num_processes) if in_processes
                  else (count_text(chunk, tokens) for chunk in chunks)): counts.update(part)
     return Counter({piece.encode(): count for piece, count in counts.items()})
+
+# %% ../nbs/03_pretokenization.ipynb #449d9d1a
+EDGE, LETTER, NUMBER, OTHER, SPACE, BLANK, QUOTE = range(7)
+MAYBE_CONTRACTION = 2  # in the rule's table: a piece starts, and letters must be read to know where it ends
+
+
+@lru_cache(maxsize=1)
+def three_kinds_rule() -> np.ndarray:
+    "Entry `before << 6 | here << 3 | after`: whether a piece starts at `here` (0, 1 or MAYBE_CONTRACTION)."
+    rule, samples = np.zeros(512, np.uint8), enumerate(["", "a", "1", "!", " ", "\n", "'"])
+    for (b, before), (h, here), (a, after) in itertools.product(samples, repeat=3):
+        starts = itertools.accumulate(map(len, pretokenize(before + here + after)), initial=0)
+        if here and len(before) in starts:
+            rule[b << 6 | h << 3 | a] = MAYBE_CONTRACTION if h == QUOTE and a == LETTER else 1
+    return rule
+
+# %% ../nbs/03_pretokenization.ipynb #39901587
+@lru_cache(maxsize=1)
+def kind_table() -> np.ndarray:
+    "The kind of each code point."
+    every = "".join(chr(c) if not 0xD800 <= c < 0xE000 else "!" for c in range(0x110000))
+    table = np.full(len(every), OTHER, np.uint8)
+    for code, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (BLANK, r"\s+")):
+        for match in regex.finditer(pattern, every): table[match.start():match.end()] = code
+    table[ord(" ")], table[ord("'")] = SPACE, QUOTE
+    return table
+
+# %% ../nbs/03_pretokenization.ipynb #2d799f3f
+_marked: list[Callable] = []
+_loading = threading.Lock()
+
+
+def compiled(function: Callable) -> Callable:
+    "Mark a function for `load_compiled`; a marked function may call others of its own module."
+    _marked.append(function)
+    return function
+
+
+def _compile(function: Callable) -> Callable:
+    import numba
+    try: return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError: return numba.njit(nogil=True)(function)  # there is no folder that the cache could live in
+
+# %% ../nbs/03_pretokenization.ipynb #d3ce1fb2
+def load_compiled() -> bool:
+    "Put compiled functions in the place of all marked ones; False, and nothing is changed, where numba is missing."
+    try: import numba  # noqa: F401
+    except ImportError: return False
+    with _loading:
+        while _marked:
+            function = _marked.pop()
+            function.__globals__[function.__name__] = _compile(function)
+    return True
+
+# %% ../nbs/03_pretokenization.ipynb #eb018d0f
+@compiled
+def read_code_point(text, i, size):
+    "The code point that begins at byte `i` of text[:size], and its width in bytes: 0 if it is not UTF-8 (RFC 3629)."
+    first = np.int64(text[i])
+    if first < 0x80: return first, 1
+    width = 2 if 0xC2 <= first < 0xE0 else 3 if 0xE0 <= first < 0xF0 else 4 if 0xF0 <= first < 0xF5 else 0
+    if width == 0 or i + width > size: return 0, 0
+    code = first & (0x7F >> width)
+    for k in range(i + 1, i + width):
+        if text[k] & 0xC0 != 0x80: return 0, 0
+        code = code << 6 | np.int64(text[k] & 0x3F)
+    least = 0x80 if width == 2 else 0x800 if width == 3 else 0x10000
+    if code < least or 0xD800 <= code < 0xE000 or code > 0x10FFFF: return 0, 0
+    return code, width
+
+# %% ../nbs/03_pretokenization.ipynb #296aed91
+@compiled
+def same_bytes(a, i, b, k, width):
+    "Whether a[i:i + width] and b[k:k + width] are equal."
+    for n in range(width):
+        if a[i + n] != b[k + n]: return False
+    return True
+
+
+@compiled
+def special_width(text, i, size, tokens, token_ends):
+    "The width of the longest special token at byte `i`, 0 if there is none."
+    begin = 0
+    for end in token_ends:
+        if i + end - begin <= size and same_bytes(text, i, tokens, begin, end - begin): return end - begin
+        begin = end
+    return 0
+
+# %% ../nbs/03_pretokenization.ipynb #a1be3004
+@compiled
+def contraction_width(text, i, size):
+    "The letters of a contraction whose apostrophe stands before byte `i`: 0, 1 or 2."
+    a = text[i]
+    if a == 115 or a == 100 or a == 109 or a == 116: return 1
+    if i + 1 == size: return 0
+    b = text[i + 1]
+    return 2 if a == 108 and b == 108 or (a == 118 or a == 114) and b == 101 else 0
+
+# %% ../nbs/03_pretokenization.ipynb #df8cbca3
+LOOK = 8
+
+
+@lru_cache(maxsize=8)
+def scan_tables(special_tokens: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    "What the scanner needs to know: kinds by byte and by code point, the rule, the special tokens and their ends."
+    by_byte = kind_table()[:256].copy()
+    encoded = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
+    by_byte[[*range(128, 256), *(token[0] for token in encoded)]] = LOOK
+    ends = np.cumsum([len(token) for token in encoded], dtype=np.int64)
+    return by_byte, kind_table(), three_kinds_rule(), np.frombuffer(b"".join(encoded), np.uint8), ends
+
+# %% ../nbs/03_pretokenization.ipynb #357b8a68
+@compiled
+def look_closer(text, i, size, tables):
+    "Kind and width of the character or special token (an edge) at byte `i`; width 0 if it is not UTF-8."
+    width = special_width(text, i, size, tables[3], tables[4])
+    if width: return EDGE, width
+    code, width = read_code_point(text, i, size)
+    return np.int64(tables[1][code]), width
+
+# %% ../nbs/03_pretokenization.ipynb #bef077fb
+@compiled
+def find_pieces(text, size, tables, starts):
+    """Write where each piece of text[:size] starts, special tokens as ~start, then `size`; how many there are.
+
+    Where the text is not UTF-8, the result is ~position. `starts` has room for size + 2 numbers."""
+    by_byte, rule = tables[0], tables[2]
+    count, state, at, i = 0, 0, 0, 0
+    while i <= size:
+        kind, width = (np.int64(by_byte[text[i]]) if i < size else EDGE), 1
+        if kind == LOOK: kind, width = look_closer(text, i, size, tables)
+        if width == 0: return ~i
+        state, starts[count] = (state << 3 | kind) & 511, at
+        found = np.int64(rule[state])
+        if found == MAYBE_CONTRACTION:
+            letters, found = contraction_width(text, i, size), 1
+            if letters: state, width = EDGE, letters
+        count, at = count + found, i
+        if kind == EDGE: starts[count], count = ~i, count + 1
+        i += width
+    starts[count - 1] = size  # the edge at the end is no special token
+    return count - 1
+
+# %% ../nbs/03_pretokenization.ipynb #0649815e
+@compiled
+def eight_bytes(words, i):
+    "The bytes i..i+7 as one number; `words` is the text as 64-bit numbers."
+    k, bits = i >> 3, np.uint64(8 * (i & 7))
+    return words[k] >> bits | (words[k + 1] << np.uint64(1)) << (np.uint64(63) - bits)  # << 64 would be undefined
+
+
+@compiled
+def word_key(words, begin, width):
+    "A word of 1 to 15 bytes as two numbers, its width in the top byte of the second."
+    ones = np.uint64(0xFFFFFFFFFFFFFFFF)
+    low = eight_bytes(words, begin) & ones >> np.uint64(64 - 8 * min(width, 8))
+    high = eight_bytes(words, begin + 8) & ones >> np.uint64(1) >> np.uint64(63 - 8 * max(width - 8, 0))
+    return low, high | np.uint64(width) << np.uint64(56)
+
+# %% ../nbs/03_pretokenization.ipynb #44b8b407
+@compiled
+def add_short(short, low, high, times, place):
+    "Count a word of at most 15 bytes; 1 if it is new. Rows: low, high, count, first place; high is 0 in free ones."
+    mask = np.uint64(len(short) - 1)
+    mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)  # odd, bits spread
+    row = (mixed ^ mixed >> np.uint64(32)) & mask
+    while short[row, 1] != np.uint64(0):
+        if short[row, 1] == high and short[row, 0] == low:
+            short[row, 2] += times
+            short[row, 3] = min(short[row, 3], place)
+            return 0
+        row = (row + np.uint64(1)) & mask
+    short[row, 0], short[row, 1], short[row, 2], short[row, 3] = low, high, times, place
+    return 1
+
+# %% ../nbs/03_pretokenization.ipynb #f2de6276
+@compiled
+def bytes_hash(text, begin, width):
+    mixed = np.uint64(0xCBF29CE484222325)
+    for i in range(begin, begin + width): mixed = (mixed ^ np.uint64(text[i])) * np.uint64(0x100000001B3)
+    return mixed ^ mixed >> np.uint64(29)
+
+
+@compiled
+def find_long(long, store, text, begin, width, mixed):
+    "The row of the word text[begin:begin + width], or the free row where it belongs."
+    row = mixed & np.uint64(len(long) - 1)
+    while long[row, 2] != np.uint64(0):
+        if long[row, 0] == mixed and long[row, 2] == np.uint64(width):
+            if same_bytes(store, np.int64(long[row, 1]), text, begin, width): return row
+        row = (row + np.uint64(1)) & np.uint64(len(long) - 1)
+    return row
+
+# %% ../nbs/03_pretokenization.ipynb #12cd5d08
+@compiled
+def add_long(long, store, stored, text, begin, width, times, place):
+    "Count a longer word; the bytes that it adds to the store, of which `stored` are in use."
+    mixed = bytes_hash(text, begin, width)
+    row = find_long(long, store, text, begin, width, mixed)
+    known = long[row, 2] != np.uint64(0)
+    if not known:
+        store[stored:stored + width] = text[begin:begin + width]
+        long[row, 0], long[row, 1], long[row, 2], long[row, 4] = mixed, np.uint64(stored), np.uint64(width), place
+    long[row, 3] += times
+    long[row, 4] = min(long[row, 4], place)
+    return 0 if known else width
+
+# %% ../nbs/03_pretokenization.ipynb #851c2802
+@compiled
+def count_pieces(text, words, starts, piece, pieces, offset, short, long, store, used):
+    """Count the pieces from `piece` on, special tokens left out; the first one for which there was no room.
+
+    `used`: short words, long words, bytes of the store; `offset` is the place of the text in its file."""
+    while piece < pieces:
+        begin, end = starts[piece], starts[piece + 1]
+        width, place = (end if end >= 0 else ~end) - begin, np.uint64(offset + begin)
+        if begin < 0: pass
+        elif 2 * used[0] >= len(short) or 2 * used[1] >= len(long) or used[2] + width > len(store): return piece
+        elif width < 16:
+            low, high = word_key(words, begin, width)
+            used[0] += add_short(short, low, high, np.uint64(1), place)
+        else:
+            added = add_long(long, store, used[2], text, begin, width, np.uint64(1), place)
+            used[1] += added > 0
+            used[2] += added
+        piece += 1
+    return piece
+
+# %% ../nbs/03_pretokenization.ipynb #1abdf390
+@compiled
+def pour(short, long, store, into_short, into_long, into_store, used):
+    "Add all words of one table to another, which has room for them."
+    for row in short:
+        if row[1] != np.uint64(0): used[0] += add_short(into_short, row[0], row[1], row[2], row[3])
+    for row in long:
+        if row[2] != np.uint64(0):
+            begin, width = np.int64(row[1]), np.int64(row[2])
+            added = add_long(into_long, into_store, used[2], store, begin, width, row[3], row[4])
+            used[1] += added > 0
+            used[2] += added
+
+# %% ../nbs/03_pretokenization.ipynb #a8db437e
+class WordTable:
+    "Words and how often each was counted, in arrays that compiled code can fill; memory grows with distinct words."
+
+    def __init__(self, room=(1 << 15, 1 << 11, 1 << 18)):
+        short, long, store = (1 << int(n).bit_length() for n in room)
+        self.short, self.long = np.zeros((2 * short, 4), np.uint64), np.zeros((2 * long, 5), np.uint64)
+        self.store, self.used = np.zeros(store, np.uint8), np.zeros(3, np.int64)
+
+    def make_room(self, short: int, long: int, store: int) -> None:
+        "Room for so many more short words, long words and bytes of long words."
+        room = np.maximum(self.used + (short, long, store), (len(self.short) // 4, len(self.long) // 4, 1 << 17))
+        old, self.__dict__ = self.__dict__, WordTable(room).__dict__
+        pour(old["short"], old["long"], old["store"], self.short, self.long, self.store, self.used)
+
+    def count(self, text, words, starts, pieces: int, offset: int) -> None:
+        "Count the pieces that `find_pieces` found in a text that begins at `offset` in its file."
+        piece = 0
+        while (piece := count_pieces(text, words, starts, piece, pieces, offset, self.short, self.long, self.store,
+                                     self.used)) < pieces: self.make_room(1, 1, int(abs(starts[piece + 1])))
+
+    def absorb(self, other: WordTable) -> None:
+        "Add the counts of another table."
+        self.make_room(*other.used)
+        pour(other.short, other.long, other.store, self.short, self.long, self.store, self.used)
+
+# %% ../nbs/03_pretokenization.ipynb #c94ad033
+class Words(NamedTuple):
+    "Distinct words one behind the other: all bytes, where each word ends, how often each occurs."
+    text: np.ndarray
+    ends: np.ndarray
+    counts: np.ndarray
+
+    def counter(self) -> Counter[bytes]:
+        "The counts as a dictionary."
+        text, ends = self.text.tobytes(), self.ends.tolist()
+        pieces = (text[a:b] for a, b in zip([0, *ends], ends))
+        return Counter(dict(zip(pieces, self.counts.tolist())))
+
+# %% ../nbs/03_pretokenization.ipynb #eb9f6aff
+@compiled
+def copy_words(short, long, store, rows, ends, text):
+    "Write the words of `rows` (~row: a long one) to `text`, one behind the other."
+    begin = 0
+    for n in range(len(rows)):
+        row, end = rows[n], ends[n]
+        if row < 0:
+            stored = np.int64(long[~row, 1])
+            text[begin:end] = store[stored:stored + end - begin]
+        else:
+            for k in range(end - begin): text[begin + k] = short[row, k >> 3] >> np.uint64(8 * (k & 7)) & np.uint64(255)
+        begin = end
+
+# %% ../nbs/03_pretokenization.ipynb #9f87b9d4
+def words_in_order(table: WordTable) -> Words:
+    "The table's words in the order in which they came first."
+    rows, long_rows = np.flatnonzero(table.short[:, 1]), np.flatnonzero(table.long[:, 2])
+    both = lambda of_short, of_long: np.concatenate([of_short, of_long]).astype(np.int64)
+    order = np.argsort(both(table.short[rows, 3], table.long[long_rows, 4]))
+    widths = both(table.short[rows, 1] >> np.uint64(56), table.long[long_rows, 2])[order]
+    counts = both(table.short[rows, 2], table.long[long_rows, 3])[order]
+    ends = np.cumsum(widths)
+    text = np.empty(widths.sum(), np.uint8)
+    copy_words(table.short, table.long, table.store, both(rows, ~long_rows)[order], ends, text)
+    return Words(text, ends, counts)
+
+# %% ../nbs/03_pretokenization.ipynb #ffe66074
+@compiled
+def kinds_part_at(text, cut, size, tables):
+    "`kinds_part` of the characters before and after byte `cut`; False where the bytes are not UTF-8."
+    left = cut - 1
+    while left > 0 and left > cut - 4 and text[left] & 0xC0 == 0x80: left -= 1
+    (a, a_width), (b, b_width) = read_code_point(text, left, cut), read_code_point(text, cut, size)
+    if left + a_width != cut or b_width == 0: return False
+    kind_a, kind_b = tables[1][a], tables[1][b]
+    if kind_a == SPACE or kind_a == BLANK: return False
+    if kind_a == QUOTE and contraction_letter(b) or kind_a == kind_b: return False
+    return not (kind_a == QUOTE and kind_b == OTHER or kind_a == OTHER and kind_b == QUOTE)
+
+# %% ../nbs/03_pretokenization.ipynb #3cf8b799
+@compiled
+def contraction_letter(code):
+    "Whether a contraction's letters begin so: s d m t l v r."
+    return code == 115 or code == 100 or code == 109 or code == 116 or code == 108 or code == 118 or code == 114
+
+
+@compiled
+def special_beside(text, cut, size, tokens, token_ends):
+    "1 if a special token begins at byte `cut` and none straddles it, -1 if one straddles it, else 0."
+    begin, found = 0, 0
+    for end in token_ends:
+        for start in range(max(0, cut - (end - begin) + 1), min(cut, size - (end - begin)) + 1):
+            if same_bytes(text, start, tokens, begin, end - begin):
+                if start < cut: return -1
+                found = 1
+        begin = end
+    return found
+
+# %% ../nbs/03_pretokenization.ipynb #9746a64a
+@compiled
+def last_safe_cut(text, size, tables):
+    "The last safe cut of text[:size], if more text follows it: `is_safe_cut` on bytes. 0 if there is none."
+    longest = tables[4][0] if len(tables[4]) else 0
+    for cut in range(size - max(longest, 4), 0, -1):
+        if text[cut] & 0xC0 == 0x80: continue
+        beside = special_beside(text, cut, size, tables[3], tables[4])
+        if beside == 1 or beside == 0 and kinds_part_at(text, cut, size, tables): return cut
+    return 0
+
+# %% ../nbs/03_pretokenization.ipynb #db916b2d
+class _Buffers:
+    "One thread's text, as bytes and as 64-bit numbers with room to look ahead, and the starts of its pieces."
+
+    def __init__(self): self.make_room(0)
+
+    def make_room(self, size: int) -> None:
+        self.words = np.zeros(size // 8 + 8, np.uint64)
+        self.text, self.starts = self.words.view(np.uint8), np.empty(size + 2, np.int64)
+
+# %% ../nbs/03_pretokenization.ipynb #767c3618
+class _ChunkReader:
+    "Reads a file in chunks that end at safe cuts, for any number of threads."
+
+    def __init__(self, path, special_tokens: tuple[str, ...], chunk_bytes: int, progress: bool):
+        self.path, self.tables, self.chunk_bytes = path, scan_tables(special_tokens), chunk_bytes
+        self.lock, self.faults, self.at, self.stopped = threading.Lock(), [], 0, False
+        self.file = open(path, "rb", buffering=0)
+        self.size = os.fstat(self.file.fileno()).st_size
+        self.bar = tqdm(total=self.size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress)
+
+    def close(self) -> None:
+        self.file.close()
+        self.bar.close()
+
+# %% ../nbs/03_pretokenization.ipynb #a79b696c
+def _read_exactly(reader: _ChunkReader, at: int, view: memoryview) -> None:
+    "Fill `view` with the file's bytes from `at` on. OSError if the file has become shorter."
+    reader.file.seek(at)
+    while len(view) and (got := reader.file.readinto(view)): view = view[got:]
+    _check_unchanged(reader, shorter=len(view) > 0)
+
+
+def _check_unchanged(reader: _ChunkReader, shorter: bool = False) -> None:
+    "OSError if the file's size is not what it was at the start."
+    now = os.fstat(reader.file.fileno()).st_size
+    if shorter or now != reader.size:
+        raise OSError(f"{reader.path} changed from {reader.size:,} to {now:,} bytes while it was read; "
+                      "count it again when nothing writes to it")
+
+# %% ../nbs/03_pretokenization.ipynb #3934b729
+def _next_chunk(reader: _ChunkReader, buffers: _Buffers) -> tuple[int, int]:
+    "Read the next chunk into `buffers`: its place in the file and its size, which is 0 after the last one."
+    with reader.lock:
+        at, cut, want = reader.at, 0, reader.chunk_bytes
+        while cut == 0 and at < reader.size and not reader.stopped:
+            size, want = min(want, reader.size - at), 2 * want
+            if len(buffers.starts) < size + 2: buffers.make_room(size)
+            _read_exactly(reader, at, memoryview(buffers.text)[:size])
+            cut = size if at + size == reader.size else last_safe_cut(buffers.text, size, reader.tables)
+            if cut == 0: _note_fault(buffers.text[:size], at, reader, final=False)
+        reader.at = at + cut
+        reader.bar.update(cut)
+        return at, cut
+
+# %% ../nbs/03_pretokenization.ipynb #65ed4cf9
+def _note_fault(text: np.ndarray, at: int, reader: _ChunkReader, final: bool = True) -> bool:
+    "Whether `text` is not UTF-8; if so, note the place and the reason, and stop reading."
+    try: codecs.utf_8_decode(text, "strict", final)
+    except UnicodeDecodeError as error:
+        reader.faults.append((at + error.start, error.reason))
+        reader.stopped = True
+    return reader.stopped
+
+
+def _count_chunks(reader: _ChunkReader) -> WordTable:
+    "What each thread does: count chunks until there are no more."
+    buffers, table = _Buffers(), WordTable()
+    while True:
+        at, size = _next_chunk(reader, buffers)
+        if size == 0: return table
+        pieces = find_pieces(buffers.text, size, reader.tables, buffers.starts)
+        if pieces >= 0: table.count(buffers.text, buffers.words, buffers.starts, pieces, at)
+        elif not _note_fault(buffers.text[:size], at, reader): raise AssertionError(f"two decoders disagree at {at:,}")
+
+# %% ../nbs/03_pretokenization.ipynb #dca77e89
+def _run_threads(reader: _ChunkReader, num_threads: int) -> list[WordTable]:
+    "Count with `num_threads` threads; after an error or Ctrl-C they end with the chunk that they are at."
+    if num_threads == 1: return [_count_chunks(reader)]
+    with ThreadPoolExecutor(num_threads) as pool:
+        try: return [done.result() for done in [pool.submit(_count_chunks, reader) for _ in range(num_threads)]]
+        finally: reader.stopped = True
+
+# %% ../nbs/03_pretokenization.ipynb #7c35ab00
+def count_words(path: str | os.PathLike, special_tokens: Iterable[str], *, num_threads: int = 1,
+                progress: bool = False, chunk_bytes: int = 1 << 20) -> Words:
+    """The counts of `count_pretokens` as arrays, by compiled code in threads, in the order of the first places.
+
+    Errors as there; also OSError if the file's size changes while it is read. Needs numba: `load_compiled` first."""
+    reader = _ChunkReader(path, check_special_tokens(special_tokens), chunk_bytes, progress)
+    try:
+        table, *others = _run_threads(reader, num_threads)
+        if reader.faults: raise _not_utf8(path, *min(reader.faults))
+        _check_unchanged(reader)
+    finally: reader.close()
+    while others: table.absorb(others.pop())
+    return words_in_order(table)
+
+# %% ../nbs/03_pretokenization.ipynb #594afe17
+MIN_COMPILED_BYTES = 4 << 20  # below this size the clear version is done before compiled code is loaded
+_PATIENCE_SECONDS = 2
+
+
+@lru_cache(maxsize=1)
+def compiled_ready() -> bool:
+    "Load the compiled functions and run each once; says on stderr if that means to compile. False without numba."
+    tell = threading.Timer(_PATIENCE_SECONDS, print, ["compiling the fast tokenizer (once; later runs find it on disk) ..."],
+                           {"file": sys.stderr, "flush": True})
+    tell.daemon = True
+    tell.start()
+    try: return load_compiled() and _try_once()
+    finally: tell.cancel()
+
+
+def _try_once() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.txt"
+        path.write_text("Don't ask<|endoftext|>why a-long-word-is-here or_____________________not", encoding="utf-8")
+        words = count_words(path, ["<|endoftext|>"], chunk_bytes=16)
+    return words.counts.sum() > 0
+
+# %% ../nbs/03_pretokenization.ipynb #44264119
+def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
+                    progress: bool = False, chunk_bytes: int = 1 << 20) -> Counter[bytes]:
+    """How often each pre-token (as UTF-8 bytes) occurs in a text file; special tokens separate and are not counted.
+
+    From `MIN_COMPILED_BYTES` on by compiled code in `num_processes` threads (numba; the first call ever compiles for
+    some seconds), else by `count_pretokens_clear`, with the same result in the same order. Memory grows with the
+    distinct pre-tokens, not with the file. FileNotFoundError if there is no file; ValueError, with the byte offset, if
+    it is not UTF-8; OSError if it changes while it is read. Source: handout problem train_bpe."""
+    tokens = check_special_tokens(special_tokens)
+    _check_at_least_one(num_processes=num_processes, chunk_bytes=chunk_bytes)
+    if os.path.getsize(path) < MIN_COMPILED_BYTES or not compiled_ready():
+        return count_pretokens_clear(path, tokens, num_processes=num_processes, progress=progress,
+                                     chunk_bytes=chunk_bytes)
+    return count_words(path, tokens, num_threads=num_processes, progress=progress, chunk_bytes=chunk_bytes).counter()

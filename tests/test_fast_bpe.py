@@ -1,0 +1,225 @@
+"The compiled versions inside chapters 03 and 04 against the clear ones: Unicode, threads, chunk sizes, faults."
+import itertools
+import subprocess
+import sys
+import warnings
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+pytest.importorskip("numba")
+import numpy as np
+
+from cs336_lm import pretokenization as pre
+from cs336_lm.pretokenization import count_pretokens, count_pretokens_clear, count_words, pretokenize, split_special
+
+settings.register_profile("book", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("book")
+
+DENSE = st.text(st.sampled_from("aslvert'1½ \n\t\u0085\u3000!|<>é日。😀\u0301"), max_size=60)
+TEXT = st.one_of(DENSE, st.text(max_size=60), st.text(st.characters(max_codepoint=0x2FF), max_size=60))
+SPECIALS = st.lists(st.text(st.sampled_from("<|> a'sé"), min_size=1, max_size=4), max_size=4).flatmap(
+    lambda tokens: st.sampled_from([tokens, tokens + [t + t for t in tokens], tokens + [t + "a" for t in tokens]]))
+# Many words, long and short, so that tables grow.
+WORDY = st.lists(st.sampled_from(["we'll ", "un" * 12, "日本語" * 6, " a", "\n\n", "'s", "<e>", "0" * 15, "0" * 16, "é!"]) |
+                 st.integers(0, 10**20).map(str), max_size=60).map("".join)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(): assert pre.compiled_ready()
+
+
+@pytest.fixture
+def always_compiled(monkeypatch): monkeypatch.setattr(pre, "MIN_COMPILED_BYTES", 0)
+
+
+def scan(text: str, specials=(), find_pieces=None) -> list[tuple[str, bool]]:
+    data = text.encode()
+    padded, starts = np.frombuffer(data + b"'ll", np.uint8), np.full(len(data) + 3, -7, np.int64)
+    tables = pre.scan_tables(tuple(specials))
+    count = (find_pieces or pre.find_pieces)(padded, len(data), tables, starts)
+    assert count >= 0 and starts[-1] == -7, "written past the room that was asked for"
+    places = [s if s >= 0 else ~s for s in starts[:count + 1].tolist()]
+    return [(data[a:b].decode(), starts[k] < 0) for k, (a, b) in enumerate(itertools.pairwise(places))]
+
+
+def clear_scan(text: str, specials=()) -> list[tuple[str, bool]]:
+    return [(piece, special) for part, special in split_special(text, specials)
+            for piece in ([part] if special else pretokenize(part))]
+
+
+@given(TEXT | WORDY, SPECIALS)
+@settings(max_examples=800)
+def test_pieces_are_those_of_the_pattern(text, specials): assert scan(text, specials) == clear_scan(text, specials)
+
+
+@given(TEXT, SPECIALS)
+@settings(max_examples=150)
+def test_plain_python_twin(text, specials):
+    assert scan(text, specials, pre.find_pieces.py_func) == clear_scan(text, specials)
+
+
+@pytest.mark.parametrize("around", ["{}", "a{}1", " {} ", "'{}s", "\n{}\u3000{}'ll", "{}'s'{}"])
+def test_every_code_point(around):
+    text = "".join(around.replace("{}", chr(c)) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    same = [piece for piece, _ in scan(text)] == list(pretokenize(text))
+    assert same  # not in one line: pytest would print millions of pieces
+
+
+@given(st.binary(max_size=12) | st.lists(st.sampled_from([b"\xe3", b"\x81", b"\xf4", b"\x90", b"a", b"\xed\xa0", "😀".encode()])).map(b"".join))
+@settings(max_examples=800)
+def test_not_utf8_is_found_where_python_finds_it(data):
+    starts = np.zeros(len(data) + 2, np.int64)
+    found = pre.find_pieces(np.frombuffer(data + bytes(8), np.uint8), len(data), pre.scan_tables(("\x81",)), starts)
+    try: data.decode()
+    except UnicodeDecodeError as error: assert ~found == error.start
+    else: assert found >= 0
+
+
+@given(TEXT | WORDY, SPECIALS, st.integers(1, 3), st.integers(1, 40) | st.just(1 << 20))
+@settings(max_examples=300)
+def test_counts_in_files(tmp_path, text, specials, threads, chunk_bytes):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    words = count_words(path, specials, num_threads=threads, chunk_bytes=chunk_bytes)
+    assert list(words.counter().items()) == list(count_pretokens_clear(path, specials).items())
+
+
+def test_tables_grow(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{n}, {'long' * 5}{'abcdefghij'[n % 10] * (n % 4000)} {n % 7}\n" for n in range(30_000)))
+    expected = list(count_pretokens_clear(path, []).items())
+    for threads in (1, 3): assert list(count_words(path, [], num_threads=threads).counter().items()) == expected
+
+
+def test_a_word_larger_than_a_chunk(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("start " + "日" * 400_000 + "<e>" + "b" * 900_000 + " end")
+    words = count_words(path, ["<e>"], num_threads=2, chunk_bytes=1000).counter()
+    assert words == {b"start": 1, (" " + "日" * 400_000).encode(): 1, b"b" * 900_000: 1, b" end": 1}
+
+
+def test_chunks_stay_small(tmp_path):
+    path = tmp_path / "text.txt"
+    for text in ("many words, no token at all. " * 3000, "<|endoftext|>" * 5000, "一二三，四五六。" * 5000, "word\n" * 9000):
+        path.write_text(text, encoding="utf-8")
+        reader, buffers, sizes = pre._ChunkReader(path, ("<|endoftext|>",), 4096, False), pre._Buffers(), []
+        while (found := pre._next_chunk(reader, buffers))[1]: sizes.append(found[1])
+        reader.close()
+        assert max(sizes) <= 4096 and sum(sizes) == path.stat().st_size
+
+
+# -- choosing
+
+def test_a_large_file_is_counted_by_compiled_code(tmp_path, monkeypatch, always_compiled):
+    path = tmp_path / "text.txt"
+    path.write_text("a few words, a few\n" * 500)
+    monkeypatch.setattr(pre, "count_pretokens_clear", lambda *_, **__: pytest.fail("not the compiled version"))
+    assert count_pretokens(path, [], num_processes=2)[b" few"] == 1000
+    for name in ("num_processes", "chunk_bytes"):
+        with pytest.raises(ValueError, match=name): count_pretokens(path, [], **{name: 0})
+
+
+def run(code: str, *arguments) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_small_call_does_not_import_numba(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some more text " * 9000)
+    run("import sys, cs336_lm.bpe as b; b.train_bpe(sys.argv[1], 260, [], num_processes=2); assert 'numba' not in sys.modules", path)
+
+
+def test_without_numba_the_clear_version_serves(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some more text " * 5000)
+    print(run("import sys; sys.modules['numba'] = None\n"
+              "import cs336_lm.pretokenization as p, cs336_lm.bpe as b\n"
+              "p.MIN_COMPILED_BYTES = 0\n"
+              "assert not p.compiled_ready() and p.count_pretokens(sys.argv[1], [])[b' text'] == 5000\n"
+              "assert b.train_bpe(sys.argv[1], 258, [])[1] == [(b'x', b't'), (b't', b'e')]", path))
+
+
+def test_who_waits_for_the_compiler_is_told(capsys, monkeypatch):
+    import time
+    monkeypatch.setattr(pre, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(pre, "load_compiled", lambda: time.sleep(0.1))
+    pre.compiled_ready.__wrapped__()
+    assert "compiling" in capsys.readouterr().err
+    monkeypatch.undo()
+    pre.compiled_ready.__wrapped__()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_reaches_the_end(tmp_path, capsys, always_compiled):
+    path = tmp_path / "text.txt"
+    path.write_text("å few words " * 1000, encoding="utf-8")
+    count_pretokens(path, [], progress=True, chunk_bytes=1000)
+    assert "100%" in capsys.readouterr().err
+    count_pretokens(path, [])
+    assert capsys.readouterr().err == ""
+
+
+# -- faults
+
+@given(st.lists(st.sampled_from([b"good words. ", b"\xff", b"\xe3\x81", "日本".encode(), b"<e>", b"'"]), max_size=30), st.integers(1, 3))
+@settings(max_examples=100)
+def test_the_first_fault_of_the_file_is_told(tmp_path, parts, threads):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"".join(parts))
+    try: b"".join(parts).decode()
+    except UnicodeDecodeError as error:
+        with pytest.raises(ValueError, match=f"text.txt is not UTF-8: .* at byte {error.start:,};"):
+            count_words(path, ["<e>"], num_threads=threads, chunk_bytes=9)
+    else: assert count_words(path, ["<e>"], num_threads=threads, chunk_bytes=9).counter() == count_pretokens_clear(path, ["<e>"])
+
+
+def test_bytes_without_any_character_are_not_all_read(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xff" * 1_000_000)
+    read, original = [], pre._read_exactly
+    monkeypatch.setattr(pre, "_read_exactly", lambda reader, at, view: (read.append(len(view)), original(reader, at, view)))
+    with pytest.raises(ValueError, match="at byte 0;"): count_words(path, [], chunk_bytes=1000)
+    assert sum(read) == 1000
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("new_size", [15_000, 300_000])
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch, threads, new_size):
+    path = tmp_path / "text.txt"
+    path.write_text("some words " * 10_000)
+    original = pre._next_chunk
+    def and_change(reader, buffers):
+        found = original(reader, buffers)
+        with open(path, "r+b") as file: file.truncate(new_size)
+        return found
+    monkeypatch.setattr(pre, "_next_chunk", and_change)
+    with pytest.raises(OSError, match=f"changed from 110,000 to {new_size:,} bytes"):
+        count_words(path, [], num_threads=threads, chunk_bytes=10_000)
+
+
+def test_faults(tmp_path, always_compiled):
+    path = tmp_path / "empty.txt"
+    path.touch()
+    assert count_pretokens(path, ["<e>"]) == {}
+    path.write_text("<e>" * 3)
+    assert count_pretokens(path, ["<e>"]) == {}
+    with pytest.raises(FileNotFoundError, match="no.txt"): count_pretokens(tmp_path / "no.txt", [])
+    with pytest.raises(OSError): count_pretokens(tmp_path, [])
+    for wrong in ("<e>", [""], [b"<e>"]):
+        with pytest.raises(ValueError): count_pretokens(path, wrong)
+
+
+def test_an_interrupt_ends_all_threads(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("some words " * 100_000)
+    calls = []
+    def interrupt(self, *_):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+    monkeypatch.setattr(pre.WordTable, "count", interrupt)
+    with pytest.raises(KeyboardInterrupt): count_words(path, [], num_threads=2, chunk_bytes=1000)
+    assert len(calls) < 100
