@@ -28,7 +28,7 @@ def test_export_is_fresh(tmp_path):
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (tmp_path / "cs336_lm").mkdir()
     shutil.copy(ROOT / "cs336_lm" / "__init__.py", tmp_path / "cs336_lm")
-    subprocess.run([sys.executable, "-c", "from nbdev.export import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True)
     fresh, committed = ({p.name: p.read_text() for p in (base / "cs336_lm").glob("*.py")} for base in (tmp_path, ROOT))
     assert sorted(fresh) == sorted(committed), "a module without a notebook, or a notebook never exported"
     stale = [name for name in fresh if fresh[name] != committed[name]]
