@@ -8,9 +8,9 @@ __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 
            'plot_loss', 'plot_demo', 'log_loss_axis', 'FigureRecipe', 'draw_figures', 'read_record', 'Recipe',
            'Prepared', 'prepare_tokenizer', 'prepare_tokens', 'prepare', 'run_config', 'run_experiment', 'NgramModel',
            'histories', 'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over', 'long_sentences', 'longest_run',
-           'text_measures', 'counted_losses', 'story_measures', 'training_measures', 'draw_samples', 'measure_demo',
-           'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'one_thread', 'train_demo', 'demo',
-           'experiment_log', 'experiment_row']
+           'text_measures', 'counted_losses', 'is_story', 'story_measures', 'training_measures', 'draw_samples',
+           'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'one_thread',
+           'train_demo', 'demo', 'experiment_log', 'experiment_row']
 
 # %% ../nbs/13_experiments.ipynb #8525d401
 import json, math, re, shutil, textwrap
@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from .bpe import train_bpe
-from .corpora import (END_OF_TEXT, Corpus, data_dir, describe_file, find_corpus, held_out_floor, read_documents,
-                              sentence_parses, split_sentences, write_aside)
+from .corpora import (END_OF_TEXT, Corpus, data_dir, describe_file, find_corpus, held_out_floor, parse_story,
+                              read_documents, sentence_parses, split_sentences, write_aside)
 from .dataset import TokenFile, encode_file, open_tokens, read_token_file
 from .generation import generate_batch
 from .tokenizer import Tokenizer
@@ -495,12 +495,20 @@ def counted_losses(prepared: Prepared) -> dict:
     return {"unigram": unigram, "trigram": trigram}
 
 # %% ../nbs/13_experiments.ipynb #a1601245
+def is_story(text: str) -> bool:
+    "Whether the embedded grammar could have written this text from beginning to end."
+    try: parse_story(text)
+    except ValueError: return False
+    return True
+
+# %% ../nbs/13_experiments.ipynb #3ca61411
 def story_measures(samples: Sequence[str], prepared: Prepared, loss: float) -> dict:
-    "What the embedded corpus alone can tell: the floor of its held-out stories, and the share of sentences that parse."
+    "What the embedded corpus alone can tell: the floor of its held-out stories, and what the grammar says of samples."
     floor = held_out_floor(prepared.corpus.valid, prepared.valid.tokens).nats_per_token
     parses = [sentence_parses(sentence) for sample in samples for sentence in split_sentences(sample)]
     share = sum(parses) / max(len(parses), 1)
-    return {"floor": floor, "excess": loss - floor, "sentences": len(parses), "parse_share": share}
+    return {"floor": floor, "excess": loss - floor, "sentences": len(parses), "parse_share": share,
+            "whole_stories": sum(map(is_story, samples))}
 
 # %% ../nbs/13_experiments.ipynb #9414088d
 def training_measures(log: RunLog, prepared: Prepared) -> dict:
@@ -543,8 +551,8 @@ def text_lines(m: Mapping) -> list[str]:
              ("", f"copied sentences of over {LONG_SENTENCE} words: {m['long_sentences_verbatim']} of "
                   f"{m['long_sentences']}; samples copied whole: {m['whole_samples_verbatim']} of {m['samples']}")]
     if "parse_share" in m:
-        share = f"{m['parse_share']:.0%} of {m['sentences']} sentences in {m['samples']} texts parse"
-        lines.insert(0, ("grammar", share))
+        lines = [("grammar", f"{m['parse_share']:.0%} of {m['sentences']} sampled sentences parse"),
+                 ("", f"{m['whole_stories']} of {m['samples']} samples are whole stories without a contradiction"), *lines]
     return [f"{name:17s}{text}" for name, text in lines]
 
 # %% ../nbs/13_experiments.ipynb #ce3d1e6f

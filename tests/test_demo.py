@@ -53,7 +53,7 @@ def test_demo_on_stories(stories, tmp_path, capsys):
     assert json.loads((folder / "report.json").read_text()) == m
     for number in (m["loss"], m["floor"], m["unigram"], m["trigram"]):
         assert f"{number:.3f}" in said
-    assert "texts parse" in said and "starting over" not in said
+    assert "sampled sentences parse" in said and "starting over" not in said
     for name in ("loss.png", "samples.txt"):
         assert str(folder / name) in said
     assert all(f"{i} of 3  " in said for i in (1, 2, 3))
@@ -71,6 +71,8 @@ def test_demo_on_stories(stories, tmp_path, capsys):
     assert m["excess"] == pytest.approx(m["loss"] - m["floor"]) and m["perplexity"] == pytest.approx(
         math.exp(m["loss"]), rel=1e-6
     )
+
+    assert m["whole_stories"] == 0 <= m["parse_share"]
 
     # the same again, and it says that it starts over
     again = ex.demo("stories", tmp_path / "data", runs_dir=tmp_path / "runs", **TINY)
@@ -159,6 +161,15 @@ def test_an_empty_sample_is_counted_and_does_no_harm(tmp_path):
     train = tmp_path / "train.txt"
     train.write_text("a b c.")
     assert ex.text_measures(["", ""], train)["longest_verbatim_words"] == 0
+
+
+def test_the_grammar_judges_stories_and_sentences(stories, tmp_path):
+    prepared = ex.prepare("stories", 300, tmp_path / "data")
+    true = [text for text, _ in zip(read_documents(stories.valid), range(4))]
+    mixed = ". ".join([true[0].split(". ")[0], *true[1].split(". ")[1:]])  # begins as one story, goes on as another
+    m = ex.story_measures([*true, mixed, "Not a story at all."], prepared, 1.0)
+    assert (m["whole_stories"], m["sentences"]) == (4, sum(len(ex.split_sentences(t)) for t in [*true, mixed]) + 1)
+    assert m["parse_share"] >= 1 - 3 / m["sentences"] and m["parse_share"] < 1
 
 
 def test_demo_recipe_names():
