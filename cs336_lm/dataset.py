@@ -5,28 +5,32 @@
 # %% ../nbs/06_dataset.ipynb #b3b8098f
 from __future__ import annotations
 
-import json, os, warnings
+import hashlib, json, os, threading, warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from .corpora import END_OF_TEXT, describe_file, read_documents, write_aside
+from . import pretokenization
 from .pretokenization import read_text
-from .tokenizer import Tokenizer, read_json
+from .tokenizer import Bench, FastEncoder, Tokenizer, in_order, pays, read_json, thread_count
 
 if TYPE_CHECKING: import torch
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile', 'sidecar_path', 'write_sidecar',
-           'encode_file', 'check_corpus', 'with_bar', 'map_npy', 'read_token_file', 'open_tokens', 'get_batch',
-           'check_sizes', 'to_tensors', 'document_starts', 'pad_rows', 'get_document_batch', 'document_piece',
-           'stream_pieces', 'document_pieces', 'padded_batches', 'evaluation_batches', 'document_evaluation_batches',
-           'reservoir_sample', 'sample_documents', 'bytes_per_token']
+           'encode_clear', 'check_separators', 'with_bar', 'DocumentCounter', 'BlockReader', 'read_block',
+           'read_exactly', 'check_unchanged', 'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads',
+           'encode_file', 'map_npy', 'read_token_file', 'open_tokens', 'get_batch', 'check_sizes', 'to_tensors',
+           'document_starts', 'pad_rows', 'get_document_batch', 'document_piece', 'stream_pieces', 'document_pieces',
+           'padded_batches', 'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample',
+           'sample_documents', 'bytes_per_token']
 
 # %% ../nbs/06_dataset.ipynb #f4877560
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -82,28 +86,16 @@ def write_sidecar(about: TokenFile) -> None:
     with write_aside(sidecar_path(about.path), "w") as file: file.write(json.dumps(content, indent=1) + "\n")
 
 # %% ../nbs/06_dataset.ipynb #ff7f67dd
-def encode_file(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path: str | os.PathLike, *,
-                corpus_name: str | None = None, progress: bool = False) -> TokenFile:
-    """Encode a UTF-8 text file to a flat `.npy` of ids with its description beside it, in constant memory.
-
-    Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
-    `output_path` does not end in .npy. `corpus_name` defaults to the file's name.
-    """
-    sidecar, dtype = sidecar_path(output_path), token_dtype(tokenizer.vocab_size)
+def encode_clear(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path: str | os.PathLike, dtype: np.dtype,
+                 corpus_name: str | None, progress: bool) -> tuple[dict, int]:
+    "Write the ids of a text file as a stream: the description of the text, and how many ids there are."
     corpus = describe_file(input_path, corpus_name)
-    check_corpus(corpus, tokenizer, input_path)
-    sidecar.unlink(missing_ok=True)  # an old description must never stand beside new ids
     ids = tokenizer.encode_iterable(with_bar(read_text(input_path), corpus["bytes"], progress))
-    tokens = write_npy(output_path, dtype, id_arrays(ids, dtype))
-    maker = {name: getattr(tokenizer, name) for name in ("vocab_size", "sha256", "trained_on")}
-    about = TokenFile(Path(output_path), dtype.name, tokens, corpus["bytes"], corpus["documents"], corpus, maker)
-    write_sidecar(about)
-    return about
+    return corpus, write_npy(output_path, dtype, id_arrays(ids, dtype))
 
 # %% ../nbs/06_dataset.ipynb #a76cd1b8
-def check_corpus(corpus: dict, tokenizer: Tokenizer, path: str | os.PathLike) -> None:
-    "`ValueError` for an empty text; a warning if it has documents whose separator is ordinary text to the tokenizer."
-    if not corpus["bytes"]: raise ValueError(f"{path} is empty: there is nothing to encode.")
+def check_separators(corpus: dict, tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+    "Warn if the text has documents whose separator is ordinary text to the tokenizer."
     if corpus["documents"] > 1 and END_OF_TEXT not in tokenizer.special_tokens:
         warnings.warn(f"{END_OF_TEXT} separates documents in {path} but is no special token of the tokenizer: "
                       "the ids will not show where documents end.", stacklevel=3)
@@ -115,6 +107,145 @@ def with_bar(blocks: Iterable[str], total: int, progress: bool) -> Iterator[str]
         for block in blocks:
             yield block
             if progress: bar.update(len(block.encode()))
+
+# %% ../nbs/06_dataset.ipynb #c3d80649
+class DocumentCounter:
+    "Counts the non-blank pieces between separators of a text that comes in blocks cut anywhere."
+
+    def __init__(self):
+        self.separator, self.held, self.documents, self.begun = END_OF_TEXT.encode(), b"", 0, False
+
+    def add(self, block: bytes) -> None:
+        "The next block; what may be the beginning of a separator is held for the one after."
+        *whole, rest = (self.held + block).split(self.separator)
+        for piece in whole: self.end(piece)
+        keep = len(self.separator) - 1
+        self.begun, self.held = self.begun or bool(rest[:-keep].strip()), rest[-keep:]
+
+    def end(self, piece: bytes) -> None:
+        "A document ends with this piece of it."
+        self.documents += self.begun or bool(piece.strip())
+        self.begun = False
+
+# %% ../nbs/06_dataset.ipynb #6e5e9cf3
+class BlockReader:
+    "Reads a UTF-8 file block by block, each into the bench (chapter 5) of the thread that asks."
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.lock, self.file = path, threading.Lock(), open(path, "rb", buffering=0)
+        self.size, self.at, self.blocks = os.fstat(self.file.fileno()).st_size, 0, 0
+        self.digest, self.counter = hashlib.sha256(), DocumentCounter()
+
+    def next_block(self, bench: Bench) -> tuple[int, int, int]:
+        "Number, place in the file and size of the next block, which is then in `bench.text`; size 0 after the last."
+        with self.lock:
+            number, at, cut = self.blocks, self.at, 0
+            while not cut and at < self.size: cut = read_block(self, bench)
+            block = bench.text[:cut].tobytes()
+            self.digest.update(block)
+            self.counter.add(block)
+            self.blocks, self.at = number + 1, at + cut
+            return number, at, cut
+
+# %% ../nbs/06_dataset.ipynb #5391cfb4
+def read_block(reader: BlockReader, bench: Bench) -> int:
+    "Read as much as the bench holds; where it must be cut. 0 if there is no safe place: then the bench has grown."
+    size = min(bench.size, reader.size - reader.at)
+    read_exactly(reader, memoryview(bench.text)[:size])
+    if reader.at + size == reader.size: return size
+    if cut := pretokenization.last_safe_cut(bench.text, size, bench.scan): return cut
+    found = pretokenization.find_pieces(bench.text, size, bench.scan, bench.starts)
+    if found < 0 and ~found < size - 4: raise_not_utf8(reader.path, reader.at, bench.text[:size].tobytes())
+    bench.make_room(2 * bench.size)  # one long word
+    return 0
+
+
+def read_exactly(reader: BlockReader, view: memoryview) -> None:
+    "Fill `view` from where the reader is. `OSError` if the file has become shorter."
+    reader.file.seek(reader.at)
+    while len(view) and (got := reader.file.readinto(view)): view = view[got:]
+    check_unchanged(reader, shorter=len(view) > 0)
+
+
+def check_unchanged(reader: BlockReader, shorter: bool = False) -> None:
+    "`OSError` if the file's size is not what it was at the start."
+    now = os.fstat(reader.file.fileno()).st_size
+    if shorter or now != reader.size:
+        raise OSError(f"{reader.path} changed while it was read: it had {reader.size:,} bytes, now {now:,}.")
+
+# %% ../nbs/06_dataset.ipynb #08023ee1
+def raise_not_utf8(path: str | os.PathLike, at: int, block: bytes) -> NoReturn:
+    "The `ValueError` of the clear version for a block that begins at byte `at` of the file."
+    try: block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {at + error.start:,}; "
+                         "convert the file to UTF-8 or remove those bytes") from None
+    raise AssertionError("the compiled scanner refuses a text that Python decodes")
+
+# %% ../nbs/06_dataset.ipynb #c7beaf6f
+def encode_block(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype) -> tuple[int, int, np.ndarray | Exception]:
+    "Number, size and ids of the reader's next block, or what went wrong."
+    number = size = None
+    try:
+        with encoder.bench() as bench:
+            number, at, size = reader.next_block(bench)
+            try: return number, size, bench.ids(size).astype(dtype)
+            except UnicodeDecodeError: raise_not_utf8(reader.path, at, bench.text[:size].tobytes())
+    except (ValueError, OSError, MemoryError) as error:
+        return (reader.blocks if number is None else number), size, error  # where reading failed, it goes no further
+
+# %% ../nbs/06_dataset.ipynb #3b90e6a8
+def encode_blocks(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype, num_threads: int,
+                  progress: bool) -> Iterator[np.ndarray]:
+    "The ids of the file, block by block in order; raises the first error of the text."
+    early, wanted = {}, 0  # results that came before their turn; whose turn it is
+    work = in_order(lambda _: encode_block(encoder, reader, dtype), repeat(None), num_threads)
+    with tqdm(total=reader.size, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar, closing(work):
+        while True:
+            while wanted not in early:
+                number, *result = next(work)
+                early[number] = result
+            size, ids = early.pop(wanted)
+            if isinstance(ids, Exception): raise ids
+            if not size: return check_unchanged(reader)
+            yield ids
+            bar.update(size)
+            wanted += 1
+
+# %% ../nbs/06_dataset.ipynb #4be8884c
+def encode_in_threads(encoder: FastEncoder, num_threads: int, input_path: str | os.PathLike,
+                      output_path: str | os.PathLike, dtype: np.dtype, corpus_name: str | None,
+                      progress: bool) -> tuple[dict, int]:
+    "What `encode_clear` does, by compiled code. `OSError` if the file changes its size meanwhile."
+    reader = BlockReader(input_path)
+    with closing(reader.file):
+        tokens = write_npy(output_path, dtype, encode_blocks(encoder, reader, dtype, num_threads, progress))
+    reader.counter.end(reader.counter.held)
+    name = corpus_name or Path(input_path).name
+    return {"name": name, "bytes": reader.at, "documents": reader.counter.documents,
+            "sha256": reader.digest.hexdigest()}, tokens
+
+# %% ../nbs/06_dataset.ipynb #1d103347
+def encode_file(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path: str | os.PathLike, *,
+                corpus_name: str | None = None, progress: bool = False, num_threads: int | None = None) -> TokenFile:
+    """Encode a UTF-8 text file to a flat `.npy` of ids with its description beside it, in constant memory.
+
+    Large files go through compiled code in `num_threads` threads (default: the processors, at most 8); the result is
+    the same. Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
+    `output_path` does not end in .npy; `OSError` for a full disk or a file that changes. After an error nothing stands
+    under the final name that was not there before. `corpus_name` defaults to the file's name."""
+    sidecar, dtype, threads = sidecar_path(output_path), token_dtype(tokenizer.vocab_size), thread_count(num_threads)
+    size = os.path.getsize(input_path)
+    if not size: raise ValueError(f"{input_path} is empty: there is nothing to encode.")
+    sidecar.unlink(missing_ok=True)  # an old description must never stand beside new ids
+    encoder = tokenizer.fast if pays(size) else None
+    where = input_path, output_path, dtype, corpus_name, progress
+    corpus, tokens = encode_in_threads(encoder, threads, *where) if encoder else encode_clear(tokenizer, *where)
+    check_separators(corpus, tokenizer, input_path)
+    maker = {name: getattr(tokenizer, name) for name in ("vocab_size", "sha256", "trained_on")}
+    about = TokenFile(Path(output_path), dtype.name, tokens, corpus["bytes"], corpus["documents"], corpus, maker)
+    write_sidecar(about)
+    return about
 
 # %% ../nbs/06_dataset.ipynb #3c8b4391
 def map_npy(path: str | os.PathLike) -> np.ndarray:

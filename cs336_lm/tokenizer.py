@@ -5,26 +5,39 @@
 # %% ../nbs/05_tokenizer.ipynb #95313215
 from __future__ import annotations
 
-import hashlib, heapq, html, importlib, json, os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib, heapq, html, importlib, json, os, sys, threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+import numpy as np
+
+from . import pretokenization
 from .corpora import write_aside
-from .pretokenization import PATTERN, check_special_tokens, pretokenize, split_special
+from .pretokenization import (PATTERN, check_special_tokens, compiled, is_safe_cut, pretokenize,
+                                      split_special)
 
 if TYPE_CHECKING: import tiktoken, tokenizers
 
 # %% auto #0
-__all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'TOKEN_COLOURS',
-           'VIEW_STYLE', 'merge_in_order', 'merge_by_rank', 'merge_with_heap', 'invert_vocab', 'check_merge',
-           'append_specials', 'join_tokens', 'text_parts', 'new_cache', 'remember', 'encode_utf8', 'look_up',
-           'ByteLevelBPE', 'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'byte_to_unicode',
-           'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'Tokenizer', 'save_tokenizer',
-           'read_specials', 'load_tokenizer', 'visible', 'token_html', 'TokenView', 'mergeable_ranks',
+__all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'LOAD_CHARS', 'FAST_CHARS',
+           'LARGE_PIECE', 'NO_RANK', 'SHORT_WORD', 'SHORT_ROWS', 'WIDE_ROWS', 'BLOCK_BYTES', 'DECODE_BLOCK',
+           'TOKEN_COLOURS', 'VIEW_STYLE', 'merge_in_order', 'merge_by_rank', 'merge_with_heap', 'invert_vocab',
+           'check_merge', 'append_specials', 'join_tokens', 'text_parts', 'new_cache', 'remember', 'encode_utf8',
+           'look_up', 'ByteLevelBPE', 'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces',
+           'byte_to_unicode', 'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays',
+           'last_cut', 'Tokenizer', 'save_tokenizer', 'read_specials', 'load_tokenizer', 'pair_row', 'find_rank',
+           'fill_ranks', 'MergeTables', 'merge_tables', 'offer', 'start_word', 'gather', 'merge_short', 'heap_push',
+           'heap_pop', 'push_pair', 'merge_long', 'WordCache', 'word_cache', 'short_row', 'keep_short', 'word_part',
+           'wide_row', 'keep_wide', 'put_wide', 'merge_and_keep', 'encode_rare', 'find_special', 'put_short',
+           'encode_pieces', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder', 'load_encoder', 'warm_up',
+           'make_fast', 'TokenBytes', 'token_bytes', 'decoded_size', 'gather_bytes', 'decode_fast', 'decode_blocks',
+           'in_order', 'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView', 'mergeable_ranks',
            'check_all_bytes', 'need', 'tiktoken_encoding', 'huggingface_vocab', 'huggingface_tokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #1fe35062
@@ -237,10 +250,11 @@ def settled_parts(text: str, special_tokens: Sequence[str],
     return settled, text[start:]
 
 # %% ../nbs/05_tokenizer.ipynb #f9940e39
-def cut_pieces(pieces: Iterable[str], longest: int) -> Iterator[str]:
-    "The same text in pieces of at most `longest` characters."
+def cut_pieces(pieces: Iterable[str], longest: int, keep: Callable[[str], bool] = lambda piece: False) -> Iterator[str]:
+    "The same text in pieces of at most `longest` characters, but for those to `keep` whole."
     for piece in pieces:
-        for start in range(0, len(piece), longest): yield piece[start:start + longest]
+        if keep(piece): yield piece
+        else: yield from (piece[start:start + longest] for start in range(0, len(piece), longest))
 
 # %% ../nbs/05_tokenizer.ipynb #4e5488cd
 def byte_to_unicode() -> dict[int, str]:
@@ -315,6 +329,23 @@ def read_merges(path: str | os.PathLike, ids: Mapping[bytes, int]) -> list[tuple
         merges.append((left, right))
     return merges
 
+# %% ../nbs/05_tokenizer.ipynb #984ff91f
+LOAD_CHARS = 1 << 20  # a text so long makes us load the compiled code
+FAST_CHARS = 48  # once it is loaded, it serves texts so long
+LARGE_PIECE = 1 << 16  # and pieces of a stream so long
+_loaded: list[bool] = []  # empty: nobody has asked yet
+
+
+def pays(size: int) -> bool:
+    "Whether compiled code pays for a text of `size` characters."
+    return size >= (FAST_CHARS if _loaded else LOAD_CHARS)
+
+
+def last_cut(text: str, special_tokens: Sequence[str]) -> int:
+    "The last safe place (chapter 3) to cut a text that may go on, of the last ten thousand; 0 if there is none."
+    last = len(text) - max(map(len, special_tokens), default=1)
+    return next((cut for cut in range(last, max(0, last - 10_000), -1) if is_safe_cut(text, cut, special_tokens)), 0)
+
 # %% ../nbs/05_tokenizer.ipynb #4ddf27ea
 class Tokenizer(ByteLevelBPE):
     """Byte-level BPE as GPT-2 has it: text to ids and back (handout problem `tokenizer`).
@@ -325,21 +356,58 @@ class Tokenizer(ByteLevelBPE):
     Raises `ValueError` where vocabulary, merges and special tokens do not fit together.
     """
 
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. `ValueError` for a byte that the vocabulary lacks and for lone surrogates.
+
+        Large texts go through compiled code (numba; the first one of an installation waits for the compiler)."""
+        fast = self.fast if pays(len(text)) else None
+        return fast.encode(text) if fast else super().encode(text)
+
+    def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[list[int]]:
+        "The ids of each text. `num_threads` (default: the processors, at most 8) serve where compiled code does."
+        texts, threads = list(texts), thread_count(num_threads)
+        fast = self.fast if pays(sum(map(len, texts))) else None
+        if fast is None: return [super(Tokenizer, self).encode(text) for text in texts]
+        groups = in_order(lambda group: list(map(fast.encode, group)), text_groups(texts), threads)
+        return [ids for group in groups for ids in group]
+
     def encode_iterable(self, pieces: Iterable[str], *, block_chars: int = 1024) -> Iterator[int]:
         """The ids of the joined pieces, one by one and in constant memory, wherever the pieces end.
 
         Ids come once about `block_chars` characters of text are together. Memory grows only with the longest
-        pre-token, since no id of it can be known before its end.
-        """
+        pre-token, since no id of it can be known before its end, and with the longest piece."""
         held, waiting, size, beginnings = "", [], 0, proper_beginnings(self.special_tokens)
-        for piece in cut_pieces(pieces, block_chars):
+        for piece in cut_pieces(pieces, block_chars, keep=self._large):
             waiting.append(piece)
             size += len(piece)
             if size < max(block_chars, len(held)): continue
-            parts, held = settled_parts(held + "".join(waiting), self.special_tokens, beginnings)
+            text = held + "".join(waiting)
+            if cut := self._large(piece) and last_cut(text, self.special_tokens):
+                yield from (id for array in self.fast.arrays(text[:cut]) for id in array.tolist())
+                parts, held = [], text[cut:]
+            else: parts, held = settled_parts(text, self.special_tokens, beginnings)
             waiting, size = [], 0
             yield from self._ids_of(parts)
-        yield from self.encode(held + "".join(waiting))
+        yield from super().encode(held + "".join(waiting))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        "The bytes of these ids, which may end inside a character; `ValueError` naming an unknown id."
+        ids = ids if hasattr(ids, "__len__") else list(ids)
+        data = decode_blocks(self._token_bytes, ids) if pays(len(ids)) and self.fast and self._token_bytes else None
+        return join_tokens(self.vocab, ids) if data is None else data
+
+    @cached_property
+    def fast(self) -> FastEncoder | None:
+        "The compiled encoder, loaded when it is first asked for; None where only the clear one serves."
+        return make_fast(self)
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes | None:
+        mostly_gaps = self.vocab_size > 16 * len(self.vocab) + (1 << 20)
+        return None if mostly_gaps else token_bytes(self.vocab)
+
+    def _large(self, piece: str) -> bool:
+        return len(piece) >= LARGE_PIECE and pays(len(piece)) and self.fast is not None
 
     @cached_property
     def sha256(self) -> str:
@@ -424,6 +492,486 @@ def _check_meta(tokenizer: Tokenizer, meta: dict, directory: Path) -> None:
         raise ValueError(f"{directory}: the files do not fit together, meta.json names another tokenizer than the "
                          f"other files make. Save the tokenizer again, or remove meta.json if the change was meant.")
     tokenizer.trained_on = meta.get("trained_on")
+
+# %% ../nbs/05_tokenizer.ipynb #c16f4d0e
+NO_RANK = 0x7FFFFFFF  # for pairs that no merge joins
+
+
+@compiled
+def pair_row(pairs, key):
+    "The row of a pair's key in the table of (key, rank), or the empty row where it belongs."
+    mixed, mask = key * np.uint64(0x9E3779B97F4A7C15), np.uint64(len(pairs) - 1)
+    row = (mixed ^ mixed >> np.uint64(32)) & mask
+    while pairs[row, 0] != key and pairs[row, 0] != np.uint64(0xFFFFFFFFFFFFFFFF): row = (row + np.uint64(1)) & mask
+    return row
+
+
+@compiled
+def find_rank(pairs, left, right):
+    "The rank of the merge that joins two ids, or NO_RANK."
+    row = pair_row(pairs, np.uint64(left) << np.uint64(32) | np.uint64(right))
+    return np.int64(pairs[row, 1])
+
+# %% ../nbs/05_tokenizer.ipynb #84b4c410
+@compiled
+def fill_ranks(pairs, keys, byte_ids, first):
+    "Put the merges' keys into the empty table, a key that comes twice at its lower rank; then the ranks of byte pairs."
+    for rank in range(len(keys)):
+        row = pair_row(pairs, keys[rank])
+        if pairs[row, 0] != keys[rank]: pairs[row, 0], pairs[row, 1] = keys[rank], np.uint64(rank)
+    for a in range(256):
+        for b in range(256): first[a << 8 | b] = find_rank(pairs, byte_ids[a], byte_ids[b])
+
+# %% ../nbs/05_tokenizer.ipynb #391a8d60
+class MergeTables(NamedTuple):
+    "What compiled code knows of a tokenizer."
+    byte_ids: np.ndarray  # (256,) the id of each byte
+    first: np.ndarray  # (65536,) the rank of each pair of bytes: the same as in `pairs`, without a search
+    pairs: np.ndarray  # (rows, 2) key and rank
+    products: np.ndarray  # (merges,) the id that each merge makes
+    special_ids: np.ndarray  # in the order of chapter 3's scan tables
+
+
+def merge_tables(tokenizer: ByteLevelBPE) -> MergeTables:
+    "The tables of a tokenizer that has all 256 bytes."
+    ids, byte_ids = tokenizer._ids, np.array([tokenizer._ids[bytes([byte])] for byte in range(256)], np.int64)
+    left_right = np.array([(ids[a], ids[b]) for a, b in tokenizer.merges], np.uint64).reshape(-1, 2)
+    products = np.array([ids[a + b] for a, b in tokenizer.merges], np.int64)
+    specials = sorted((token.encode() for token in tokenizer.special_tokens), key=len, reverse=True)
+    pairs = np.full((1 << max(4, (2 * len(products)).bit_length()), 2), np.uint64(NO_RANK))
+    pairs[:, 0] = 0xFFFFFFFFFFFFFFFF
+    first, special_ids = np.zeros(1 << 16, np.int32), np.array([ids[token] for token in specials], np.int64)
+    fill_ranks(pairs, left_right[:, 0] << np.uint64(32) | left_right[:, 1], byte_ids, first)
+    return MergeTables(byte_ids, first, pairs, products, special_ids)
+
+# %% ../nbs/05_tokenizer.ipynb #ccb04779
+SHORT_WORD = 48  # bytes: places need 6 bits, and longer words are rare
+
+
+@compiled
+def offer(pairs, parts, offers, at, other):
+    "Note what joining the parts at places `at` and `other` would be."
+    rank = find_rank(pairs, parts[at], parts[other])
+    offers[at] = NO_RANK if rank == NO_RANK else rank << 6 | at
+
+
+@compiled
+def start_word(text, begin, width, tables, parts, left, right, offers):
+    "A word as single bytes, each with its offer; the number of offers, a multiple of 16."
+    room = (width + 15) & ~15
+    for k in range(room): offers[k] = NO_RANK
+    for k in range(width): parts[k], left[k], right[k] = tables.byte_ids[text[begin + k]], k - 1, k + 1
+    for k in range(width - 1):
+        rank = tables.first[np.int64(text[begin + k]) << 8 | np.int64(text[begin + k + 1])]
+        if rank != NO_RANK: offers[k] = rank << 6 | k
+    return room
+
+# %% ../nbs/05_tokenizer.ipynb #c7480661
+@compiled
+def gather(parts, right, width):
+    "Move the parts that are left together; their number."
+    count, at = 0, 0
+    while at < width:
+        parts[count], at = parts[at], right[at]
+        count += 1
+    return count
+
+
+@compiled
+def merge_short(text, begin, width, tables, parts, left, right, offers):
+    "Leave the ids of a word of at most SHORT_WORD bytes in `parts`; their number."
+    room = start_word(text, begin, width, tables, parts, left, right, offers)
+    while True:
+        best = offers[0]
+        for k in range(room): best = min(best, offers[k])
+        if best == NO_RANK: return gather(parts, right, width)
+        at = np.int64(best & 63)
+        gone, before = right[at], left[at]
+        parts[at], right[at], offers[at], offers[gone] = tables.products[best >> 6], right[gone], NO_RANK, NO_RANK
+        if right[at] < width:
+            left[right[at]] = at
+            offer(tables.pairs, parts, offers, at, right[at])
+        if before >= 0: offer(tables.pairs, parts, offers, before, at)
+
+# %% ../nbs/05_tokenizer.ipynb #74baec7e
+@compiled
+def heap_push(heap, size, entry):
+    "Add an entry to a heap of `size` entries."
+    at = size
+    while at > 0 and heap[(at - 1) >> 1] > entry:
+        heap[at] = heap[(at - 1) >> 1]
+        at = (at - 1) >> 1
+    heap[at] = entry
+
+
+@compiled
+def heap_pop(heap, size):
+    "Take the least entry from a heap that then has `size` entries."
+    least, entry, at = heap[0], heap[size], 0
+    while 2 * at + 1 < size:
+        child = 2 * at + 1
+        if child + 1 < size and heap[child + 1] < heap[child]: child += 1
+        if heap[child] >= entry: break
+        heap[at], at = heap[child], child
+    heap[at] = entry
+    return least
+
+# %% ../nbs/05_tokenizer.ipynb #3f661ebe
+@compiled
+def push_pair(tables, parts, right, width, heap, size, at):
+    "Push the pair at place `at` if a merge joins it; the new size of the heap."
+    if right[at] >= width: return size
+    rank = find_rank(tables.pairs, parts[at], parts[right[at]])
+    if rank == NO_RANK: return size
+    heap_push(heap, size, rank << 32 | at)
+    return size + 1
+
+
+@compiled
+def merge_long(text, begin, width, tables):
+    "The ids of a word of any length, O(n log n); only the first ones of the array, and their number."
+    parts, right = tables.byte_ids[text[begin:begin + width]], np.arange(1, width + 1)
+    left, heap, size = np.arange(-1, width), np.empty(2 * width, np.int64), 0  # a join takes 1 entry and adds at most 2
+    for at in range(width): size = push_pair(tables, parts, right, width, heap, size, at)
+    while size:
+        size -= 1
+        entry = heap_pop(heap, size)
+        rank, at = entry >> 32, entry & 0xFFFFFFFF
+        if not 0 < right[at] < width or find_rank(tables.pairs, parts[at], parts[right[at]]) != rank: continue
+        gone, after = right[at], right[right[at]]
+        parts[at], right[at], right[gone], left[after] = tables.products[rank], after, 0, at
+        size = push_pair(tables, parts, right, width, heap, size, at)
+        if left[at] >= 0: size = push_pair(tables, parts, right, width, heap, size, left[at])
+    return parts, gather(parts, right, width)
+
+# %% ../nbs/05_tokenizer.ipynb #785eaecc
+SHORT_ROWS, WIDE_ROWS = 1 << 18, 1 << 14  # 8 MB and 2 MB
+
+
+class WordCache(NamedTuple):
+    "One thread's memory of words, and its scratch space for merges."
+    short: np.ndarray  # (rows, 4) key, key and count, ids, ids
+    wide: np.ndarray  # (rows, 16)
+    parts: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    offers: np.ndarray
+
+
+def word_cache() -> WordCache:
+    "An empty cache."
+    scratch = [np.zeros(SHORT_WORD + 16, dtype) for dtype in (np.int64, np.int64, np.int64, np.int32)]
+    return WordCache(np.zeros((SHORT_ROWS, 4), np.uint64), np.zeros((WIDE_ROWS, 16), np.uint64), *scratch)
+
+# %% ../nbs/05_tokenizer.ipynb #3ea54668
+@compiled
+def short_row(short, low, high):
+    "The row of a short word, or ~(the row where it belongs)."
+    mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)
+    row = np.int64((mixed ^ mixed >> np.uint64(32)) & np.uint64(len(short) - 1))
+    if short[row, 0] == low and (short[row, 1] ^ high) << np.uint64(4) == np.uint64(0): return row
+    other = row ^ 1
+    if short[other, 0] == low and (short[other, 1] ^ high) << np.uint64(4) == np.uint64(0): return other
+    return ~row
+
+
+@compiled
+def keep_short(short, row, low, high, parts, count):
+    "Put a short word of 1 to 4 ids into its row, and what stood there into the next."
+    for k in range(count, 4): parts[k] = 0
+    for k in range(4): short[row ^ 1, k] = short[row, k]
+    short[row, 0], short[row, 1] = low, high | np.uint64(count) << np.uint64(60)
+    for k in range(2): short[row, 2 + k] = np.uint64(parts[2 * k]) | np.uint64(parts[2 * k + 1]) << np.uint64(32)
+
+# %% ../nbs/05_tokenizer.ipynb #a1f33cf5
+@compiled
+def word_part(words, begin, width, k):
+    "The bytes k to k + 7 of a word as one number, zeros behind its end."
+    part = pretokenization.eight_bytes(words, begin + k)
+    return part if width - k >= 8 else part & np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - 8 * (width - k))
+
+
+@compiled
+def wide_row(wide, words, begin, width):
+    "The row of a word of at most SHORT_WORD bytes, or ~(the row where it belongs)."
+    mixed = np.uint64(width)
+    for k in range(0, width, 8):
+        mixed = (mixed ^ word_part(words, begin, width, k)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(32)
+    row = np.int64(mixed & np.uint64(len(wide) - 1))
+    if np.int64(wide[row, 0] & np.uint64(0xFFFFFFFF)) != width: return ~row
+    for k in range(0, width, 8):
+        if wide[row, 1 + (k >> 3)] != word_part(words, begin, width, k): return ~row
+    return row
+
+# %% ../nbs/05_tokenizer.ipynb #9bd72499
+@compiled
+def keep_wide(wide, row, words, begin, width, parts, count):
+    "Put a word of at most 18 ids into its row."
+    wide[row, 0], parts[count] = np.uint64(width) | np.uint64(count) << np.uint64(32), 0
+    for k in range(0, width, 8): wide[row, 1 + (k >> 3)] = word_part(words, begin, width, k)
+    for k in range(0, count, 2):
+        wide[row, 7 + (k >> 1)] = np.uint64(parts[k]) | np.uint64(parts[k + 1]) << np.uint64(32)
+
+
+@compiled
+def put_wide(wide, row, out, n):
+    "Write the ids of a row to `out` from `n` on; their number."
+    count = np.int64(wide[row, 0] >> np.uint64(32))
+    for k in range(count):
+        out[n + k] = np.uint32(wide[row, 7 + (k >> 1)] >> np.uint64(32 * (k & 1)) & np.uint64(0xFFFFFFFF))
+    return count
+
+# %% ../nbs/05_tokenizer.ipynb #164c7fcc
+@compiled
+def merge_and_keep(text, words, begin, width, tables, cache, row, wide_place, low, high, out, n):
+    "Merge a word of at most SHORT_WORD bytes, keep it in one of the tables, write its ids; their number."
+    parts = cache.parts
+    count = merge_short(text, begin, width, tables, parts, cache.left, cache.right, cache.offers)
+    for k in range(count): out[n + k] = np.uint32(parts[k])
+    if width < 16 and count <= 4: keep_short(cache.short, row, low, high, parts, count)
+    elif count <= 18: keep_wide(cache.wide, wide_place, words, begin, width, parts, count)
+    return count
+
+
+@compiled
+def encode_rare(text, words, begin, width, tables, cache, row, low, high, out, n):
+    "Write the ids of a word that the short table lacks; their number."
+    if width > SHORT_WORD:
+        parts, count = merge_long(text, begin, width, tables)
+        for k in range(count): out[n + k] = np.uint32(parts[k])
+        return count
+    place = wide_row(cache.wide, words, begin, width)
+    if place >= 0: return put_wide(cache.wide, place, out, n)
+    return merge_and_keep(text, words, begin, width, tables, cache, row, ~place, low, high, out, n)
+
+# %% ../nbs/05_tokenizer.ipynb #0075ad1a
+@compiled
+def find_special(text, begin, width, scan, tables):
+    "The id of the special token at byte `begin`, by comparing it with all of its width."
+    start = 0
+    for k in range(len(scan[4])):
+        end, same_width = scan[4][k], scan[4][k] - start == width
+        if same_width and pretokenization.same_bytes(text, begin, scan[3], start, width): return tables.special_ids[k]
+        start = end
+    return -1
+
+
+@compiled
+def put_short(short, row, out, n):
+    "Write the four ids of a row, of which `count` count; `count`."
+    a, b, low_half = short[row, 2], short[row, 3], np.uint64(0xFFFFFFFF)
+    out[n], out[n + 1] = np.uint32(a & low_half), np.uint32(a >> np.uint64(32))
+    out[n + 2], out[n + 3] = np.uint32(b & low_half), np.uint32(b >> np.uint64(32))
+    return np.int64(short[row, 1] >> np.uint64(60))
+
+# %% ../nbs/05_tokenizer.ipynb #830ded69
+@compiled
+def encode_pieces(text, words, starts, pieces, scan, tables, cache, out):
+    """Write the ids of the pieces that `find_pieces` found in `text` (and `words`: the same bytes); their number.
+
+    `scan` are chapter 3's tables of the special tokens. `out` has room for 4 ids more than the text has bytes."""
+    n, row, low, high, short = 0, 0, np.uint64(0), np.uint64(0), cache.short
+    for piece in range(pieces):
+        begin, end = starts[piece], starts[piece + 1]
+        if end < 0: end = ~end
+        if begin < 0:
+            out[n] = np.uint32(find_special(text, ~begin, end - ~begin, scan, tables))
+            n += 1
+            continue
+        if end - begin < 16:
+            low, high = pretokenization.word_key(words, begin, end - begin)
+            row = short_row(short, low, high)
+            if row >= 0:
+                n += put_short(short, row, out, n)
+                continue
+        n += encode_rare(text, words, begin, end - begin, tables, cache, ~row, low, high, out, n)
+    return n
+
+# %% ../nbs/05_tokenizer.ipynb #b9351944
+BLOCK_BYTES = 1 << 19  # about what stays in a processor's own cache
+
+
+class Bench:
+    "One thread's buffers and word cache."
+
+    def __init__(self, scan: tuple[np.ndarray, ...], tables: MergeTables):
+        self.scan, self.tables, self.cache = scan, tables, word_cache()
+        self.make_room(BLOCK_BYTES)
+
+    def make_room(self, size: int) -> None:
+        "Room for a text of `size` bytes; what was there is lost."
+        self.words, self.size = np.zeros(size // 8 + 8, np.uint64), size
+        self.text = self.words.view(np.uint8)
+        self.starts, self.out = np.empty(size + 3, np.int64), np.empty(size + 8, np.uint32)
+
+    def ids(self, size: int) -> np.ndarray:
+        "The ids of text[:size], uint32, valid until the next call. `UnicodeDecodeError` where it is not UTF-8."
+        pieces = pretokenization.find_pieces(self.text, size, self.scan, self.starts)
+        if pieces < 0: raise_not_utf8(self.text[:size].tobytes())
+        text, words, starts, out = self.text, self.words, self.starts, self.out
+        return out[:encode_pieces(text, words, starts, pieces, self.scan, self.tables, self.cache, out)]
+
+# %% ../nbs/05_tokenizer.ipynb #323a8082
+def raise_not_utf8(data: bytes) -> NoReturn:
+    "Raise the `UnicodeDecodeError` of `data`."
+    data.decode("utf-8")
+    raise AssertionError("the compiled scanner refuses a text that Python decodes")
+
+
+def block_ids(bench: Bench, data: bytes) -> Iterator[np.ndarray]:
+    "The ids of a text, an array a block; each is valid until the next."
+    done, view = 0, np.frombuffer(data, np.uint8)
+    while done < len(data):
+        size = cut = min(bench.size, len(data) - done)
+        bench.text[:size] = view[done:done + size]
+        if done + size < len(data): cut = pretokenization.last_safe_cut(bench.text, size, bench.scan)
+        if cut:
+            yield bench.ids(cut)
+            done += cut
+        else: bench.make_room(2 * bench.size)  # not a single safe place: one long word
+
+# %% ../nbs/05_tokenizer.ipynb #b52a9f11
+class FastEncoder:
+    "The compiled encoder of a tokenizer that has all bytes; for any number of threads at once."
+
+    def __init__(self, tokenizer: ByteLevelBPE):
+        self.scan, self.tables = pretokenization.scan_tables(tuple(tokenizer.special_tokens)), merge_tables(tokenizer)
+        self.free: list[Bench] = []
+
+    @contextmanager
+    def bench(self) -> Iterator[Bench]:
+        "Lend a bench."
+        try: bench = self.free.pop()  # one step, so that two threads never get the same
+        except IndexError: bench = Bench(self.scan, self.tables)
+        yield bench  # after an error it is not put back
+        if bench.size == BLOCK_BYTES: self.free.append(bench)  # one that had to grow is given up
+
+    def arrays(self, text: str) -> Iterator[np.ndarray]:
+        "The ids of a text as uint32 arrays, each valid until the next."
+        with self.bench() as bench: yield from block_ids(bench, encode_utf8(text))
+
+    def encode(self, text: str) -> list[int]:
+        "The ids of a text."
+        ids: list[int] = []
+        for array in self.arrays(text): ids += array.tolist()
+        return ids
+
+# %% ../nbs/05_tokenizer.ipynb #66076afb
+def load_encoder() -> bool:
+    "Load the compiled code, saying so if it takes long; False if there is no numba."
+    if not _loaded:
+        said = threading.Timer(2, print, ["Compiling the fast tokenizer, once; it takes some seconds ..."],
+                               {"file": sys.stderr, "flush": True})
+        said.daemon = True
+        said.start()
+        try: _loaded.append(pretokenization.load_compiled() and warm_up())
+        finally: said.cancel()
+    return _loaded[0]
+
+
+def warm_up() -> bool:
+    "Have everything compiled, by encoding a text with all kinds of words; True."
+    bytes_only = ByteLevelBPE({byte: bytes([byte]) for byte in range(256)}, [])
+    encoder, text = FastEncoder(bytes_only), "a aaaaaaaaaaaaaaaa " + "a" * 50
+    with encoder.bench() as bench:
+        pretokenization.last_safe_cut(bench.text, 8, bench.scan)
+        return [id for array in block_ids(bench, text.encode()) for id in array.tolist()] == list(text.encode())
+
+# %% ../nbs/05_tokenizer.ipynb #409b60f4
+def make_fast(tokenizer: ByteLevelBPE) -> FastEncoder | None:
+    "The compiled encoder, or None where the clear one must serve."
+    fits = len(tokenizer.merges) < 1 << 25 and tokenizer.vocab_size <= 1 << 32
+    fits = fits and all(bytes([byte]) in tokenizer._ids for byte in range(256))
+    return FastEncoder(tokenizer) if fits and sys.byteorder == "little" and load_encoder() else None
+
+# %% ../nbs/05_tokenizer.ipynb #45070739
+class TokenBytes(NamedTuple):
+    "The bytes of all tokens in the order of their ids, and where each ends."
+    text: np.ndarray
+    ends: np.ndarray
+
+
+def token_bytes(vocab: Mapping[int, bytes]) -> TokenBytes:
+    "The table of a vocabulary; ids that are left out have no bytes."
+    tokens = [vocab.get(id, b"") for id in range(max(vocab, default=-1) + 1)]
+    return TokenBytes(np.frombuffer(b"".join(tokens), np.uint8), np.cumsum([0, *map(len, tokens)], dtype=np.int64))
+
+
+@compiled
+def decoded_size(ids, ends):
+    "The bytes of the tokens together, or ~(the place of the first id that has none)."
+    size = 0
+    for place in range(len(ids)):
+        id = np.int64(ids[place])
+        if not 0 <= id < len(ends) - 1 or ends[id] == ends[id + 1]: return ~place
+        size += ends[id + 1] - ends[id]
+    return size
+
+# %% ../nbs/05_tokenizer.ipynb #ec30d81f
+@compiled
+def gather_bytes(ids, text, ends, out):
+    "Write the bytes of all tokens to `out`."
+    n = 0
+    for id in ids:
+        for k in range(ends[np.int64(id)], ends[np.int64(id) + 1]):
+            out[n] = text[k]
+            n += 1
+
+
+def decode_fast(table: TokenBytes, ids: np.ndarray) -> bytes | None:
+    "The bytes of an array of ids; None if one of them has no token."
+    size = decoded_size(ids, table.ends)
+    if size < 0: return None
+    out = np.empty(size, np.uint8)
+    gather_bytes(ids, table.text, table.ends, out)
+    return out.tobytes()
+
+# %% ../nbs/05_tokenizer.ipynb #b5bfe8da
+DECODE_BLOCK = 1 << 16  # ids
+
+
+def decode_blocks(table: TokenBytes, ids: Sequence[int]) -> bytes | None:
+    "The bytes of a list, array or tensor of ids, block by block; None if compiled code cannot take them."
+    parts: list[bytes] = []
+    for start in range(0, len(ids), DECODE_BLOCK):
+        try: block = np.array(ids[start:start + DECODE_BLOCK])
+        except (TypeError, ValueError, OverflowError): return None
+        if block.ndim != 1 or block.dtype.kind not in "iu": return None
+        part = decode_fast(table, block.astype(np.int64))
+        if part is None: return None
+        parts.append(part)
+    return b"".join(parts)
+
+# %% ../nbs/05_tokenizer.ipynb #898a8a93
+def in_order(function: Callable, items: Iterable, num_threads: int) -> Iterator:
+    "function(item) for each item, in order, by `num_threads` threads that are at most a few items ahead."
+    if num_threads == 1: return (yield from map(function, items))
+    pool, pending = ThreadPoolExecutor(num_threads), deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * num_threads: yield pending.popleft().result()
+        while pending: yield pending.popleft().result()
+    finally: pool.shutdown(cancel_futures=True)
+
+
+def thread_count(num_threads: int | None) -> int:
+    "`num_threads`, or the processors that we may use, at most 8. `ValueError` below 1."
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, not {num_threads}.")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return num_threads or min(usable or 1, 8)
+
+# %% ../nbs/05_tokenizer.ipynb #682518ff
+def text_groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    "The texts in runs of about a quarter of LOAD_CHARS characters, so that many short ones are one piece of work."
+    start, size = 0, 0
+    for stop, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= LOAD_CHARS // 4 or stop == len(texts):
+            yield texts[start:stop]
+            start, size = stop, 0
 
 # %% ../nbs/05_tokenizer.ipynb #fe90a534
 def visible(token: bytes) -> str:
