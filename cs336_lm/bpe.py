@@ -8,14 +8,20 @@ from __future__ import annotations
 import heapq, os, warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
+import numpy as np
 from tqdm import tqdm
 
-from .pretokenization import check_special_tokens, count_pretokens
+from .pretokenization import (MIN_COMPILED_BYTES, Words, check_special_tokens, compiled, compiled_ready,
+                                      count_pretokens, count_words, say_if_slow)
 
 # %% auto #0
-__all__ = ['Word', 'Pair', 'count_pairs', 'best_pair', 'merge_pair', 'train_bpe_naive', 'PairTable', 'merge_in_table',
-           'descending_key', 'train_bpe_from_counts', 'train_bpe']
+__all__ = ['Word', 'Pair', 'WALL', 'HOLE', 'MIN_COMPILED_WORD_BYTES', 'count_pairs', 'best_pair', 'merge_pair', 'train_bpe_naive',
+           'PairTable', 'merge_in_table', 'descending_key', 'lay_out', 'left_neighbour', 'pair_row', 'pair_number',
+           'count_byte_pairs', 'place_byte_pairs', 'token_order', 'is_above', 'sink', 'rise', 'best_to_top', 'drop_top',
+           'note_birth', 'merge_places', 'index_births', 'add_token', 'has_room', 'learn', 'fill_table',
+           'learn_merges_compiled', 'pack_words', 'merges_ready', 'train_bpe_from_counts', 'train_bpe']
 
 # %% ../nbs/04_bpe.ipynb #af58577b
 Word = tuple[bytes, ...]
@@ -155,7 +161,312 @@ def _learn_merges(table: PairTable, num_merges: int, progress: bool) -> list[Pai
         for p in merge_in_table(table, pair, new_id): heapq.heappush(heap, entry(p))
     return merges
 
-# %% ../nbs/04_bpe.ipynb #1f1f5519
+# %% ../nbs/04_bpe.ipynb #f1990f37
+WALL, HOLE = -(1 << 30), -1
+
+
+@compiled
+def lay_out(text, ends, slots):
+    "Write the words into the slots (id, number of the word); how many are in use. A word of one byte has no pair."
+    n, begin, slots[0, 0] = 1, 0, WALL
+    for w in range(len(ends)):
+        if ends[w] - begin > 1:
+            for k in range(begin, ends[w]): slots[n, 0], slots[n, 1], n = text[k], w, n + 1
+            slots[n, 0], n = WALL, n + 1
+        begin = ends[w]
+    return n
+
+# %% ../nbs/04_bpe.ipynb #d5e57ebb
+@compiled
+def left_neighbour(slots, i):
+    "The slot of the token before the one in slot `i`, -1 at a wall."
+    before = slots[i - 1, 0]
+    return -1 if before == WALL else i - 1 if before >= 0 else i + before
+
+# %% ../nbs/04_bpe.ipynb #b126b328
+@compiled
+def pair_row(table, a, b):
+    "The row of the pair of ids, or the free row where it belongs. Rows: key (0 in free ones), number of the pair."
+    key = (np.int64(a) << 32 | np.int64(b)) + 1
+    mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
+    row = np.int64((mixed ^ mixed >> np.uint64(32)) & np.uint64(len(table) - 1))
+    while table[row, 0] != 0 and table[row, 0] != key: row = (row + 1) & (len(table) - 1)
+    return row
+
+
+@compiled
+def pair_number(table, pairs, used, a, b):
+    "The number of the pair of ids; a new one if it is not known. used[0]: how many pairs there are."
+    row = pair_row(table, a, b)
+    if table[row, 0] == 0:
+        table[row, 0], table[row, 1] = (np.int64(a) << 32 | np.int64(b)) + 1, used[0]
+        pairs[used[0], 0], pairs[used[0], 1] = a, b
+        used[0] += 1
+    return table[row, 1]
+
+# %% ../nbs/04_bpe.ipynb #dbfd78b0
+@compiled
+def count_byte_pairs(slots, weights, table, pairs, tallies, used):
+    "Number and count the pairs of bytes."
+    direct = np.full((256, 256), -1, np.int64)  # quicker than the hash table, while all ids are bytes
+    for i in range(1, len(slots) - 1):
+        a, b = slots[i, 0], slots[i + 1, 0]
+        if a < 0 or b < 0: continue
+        if direct[a, b] < 0: direct[a, b] = pair_number(table, pairs, used, a, b)
+        tallies[direct[a, b], 0] += weights[slots[i, 1]]
+        tallies[direct[a, b], 2] += 1
+    return direct
+
+# %% ../nbs/04_bpe.ipynb #38ee2422
+@compiled
+def place_byte_pairs(slots, direct, tallies, number, places):
+    "Measure out each pair's stretch of `places` and fill it."
+    total = 0
+    for q in range(number):
+        tallies[q, 1], tallies[q, 2], total = total, 0, total + tallies[q, 2]
+    for i in range(1, len(slots) - 1):
+        a, b = slots[i, 0], slots[i + 1, 0]
+        if a < 0 or b < 0: continue
+        q = direct[a, b]
+        places[tallies[q, 1] + tallies[q, 2]] = i
+        tallies[q, 2] += 1
+
+# %% ../nbs/04_bpe.ipynb #ec9a2f33
+@compiled
+def token_order(x, y, heads, texts, ends):
+    "Above 0 if token x is the greater byte string, below 0 if y is, 0 if they are the same token."
+    if x == y: return 0
+    if heads[x] != heads[y]: return 1 if heads[x] > heads[y] else -1
+    begin_x, begin_y = ends[x], ends[y]  # token t is texts[ends[t]:ends[t + 1]]
+    width_x, width_y = ends[x + 1] - begin_x, ends[y + 1] - begin_y
+    for k in range(min(width_x, width_y)):
+        if texts[begin_x + k] != texts[begin_y + k]: return 1 if texts[begin_x + k] > texts[begin_y + k] else -1
+    return width_x - width_y
+
+
+@compiled
+def is_above(count, q, other_count, other, pairs, heads, texts, ends):
+    "Whether (count, pair q) comes before the other: the greater count, and of equals the greater pair."
+    if count != other_count: return count > other_count
+    order = token_order(pairs[q, 0], pairs[other, 0], heads, texts, ends)
+    if order == 0: order = token_order(pairs[q, 1], pairs[other, 1], heads, texts, ends)
+    return order > 0
+
+# %% ../nbs/04_bpe.ipynb #42137acd
+@compiled
+def sink(heap, size, i, pairs, heads, texts, ends):
+    "Move entry `i` down to where no entry below it is greater."
+    count, q = heap[i, 0], heap[i, 1]
+    while 2 * i + 1 < size:
+        k = 2 * i + 1
+        if k + 1 < size and is_above(heap[k + 1, 0], heap[k + 1, 1], heap[k, 0], heap[k, 1], pairs, heads, texts, ends):
+            k += 1
+        if not is_above(heap[k, 0], heap[k, 1], count, q, pairs, heads, texts, ends): break
+        heap[i, 0], heap[i, 1], i = heap[k, 0], heap[k, 1], k
+    heap[i, 0], heap[i, 1] = count, q
+
+
+@compiled
+def rise(heap, i, pairs, heads, texts, ends):
+    "Move entry `i` up to where the entry above it is greater."
+    count, q = heap[i, 0], heap[i, 1]
+    while i > 0:
+        k = (i - 1) >> 1
+        if not is_above(count, q, heap[k, 0], heap[k, 1], pairs, heads, texts, ends): break
+        heap[i, 0], heap[i, 1], i = heap[k, 0], heap[k, 1], k
+    heap[i, 0], heap[i, 1] = count, q
+
+# %% ../nbs/04_bpe.ipynb #068312b2
+@compiled
+def best_to_top(heap, used, tallies, pairs, heads, texts, ends):
+    "Correct the entries that come up until the top is true; its pair, or -1 if none is left. used[2]: entries."
+    while used[2] > 0:
+        q = heap[0, 1]
+        if heap[0, 0] == tallies[q, 0] and heap[0, 0] > 0: return q
+        if tallies[q, 0] > 0: heap[0, 0] = tallies[q, 0]
+        else: drop_top(heap, used)
+        sink(heap, used[2], 0, pairs, heads, texts, ends)
+    return -1
+
+
+@compiled
+def drop_top(heap, used):
+    used[2] -= 1
+    heap[0, 0], heap[0, 1] = heap[used[2], 0], heap[used[2], 1]
+
+# %% ../nbs/04_bpe.ipynb #8fbae290
+@compiled
+def note_birth(table, pairs, tallies, used, births, n, a, b, place, weight):
+    "Count one occurrence of a born pair, and note it as birth `n`; n + 1."
+    q = pair_number(table, pairs, used, a, b)
+    tallies[q, 0] += weight
+    tallies[q, 2] += 1
+    births[n, 0], births[n, 1] = q, place
+    return n + 1
+
+# %% ../nbs/04_bpe.ipynb #2ee593c7
+@compiled
+def merge_places(q, new_id, width_a, width_b, slots, weights, places, table, pairs, tallies, births, used):
+    "Merge pair `q` into `new_id` wherever it stands; the number of births."
+    a, b, n = pairs[q, 0], pairs[q, 1], 0
+    for i in places[tallies[q, 1]:tallies[q, 1] + tallies[q, 2]]:
+        if slots[i, 0] != a or slots[i + width_a, 0] != b: continue
+        weight, left, right = weights[slots[i, 1]], left_neighbour(slots, i), i + width_a + width_b
+        if left >= 0:
+            tallies[table[pair_row(table, slots[left, 0], a), 1], 0] -= weight
+            n = note_birth(table, pairs, tallies, used, births, n, slots[left, 0], new_id, left, weight)
+        if slots[right, 0] != WALL:
+            tallies[table[pair_row(table, b, slots[right, 0]), 1], 0] -= weight
+            n = note_birth(table, pairs, tallies, used, births, n, new_id, slots[right, 0], i, weight)
+        slots[i + width_a, 0], slots[i + width_a - 1, 0] = HOLE, HOLE
+        slots[right - 1, 0], slots[i, 0] = i - right, new_id
+    tallies[q, 0] = 0
+    return n
+
+# %% ../nbs/04_bpe.ipynb #1a287aae
+@compiled
+def index_births(first, n, births, tallies, places, used):
+    "Measure out the stretches of the pairs from `first` on, and fill in the noted places. used[1]: places in use."
+    for q in range(first, used[0]):
+        tallies[q, 1], tallies[q, 2], used[1] = used[1], 0, used[1] + tallies[q, 2]
+    for k in range(n):
+        q = births[k, 0]
+        places[tallies[q, 1] + tallies[q, 2]] = births[k, 1]
+        tallies[q, 2] += 1
+
+# %% ../nbs/04_bpe.ipynb #2ebcfd30
+@compiled
+def add_token(t, a, b, heads, texts, ends):
+    "Write token `t`, the bytes of `a` and then of `b`, and its head."
+    end = ends[t]
+    for part in (a, b):
+        for k in range(ends[part], ends[part + 1]): texts[end], end = texts[k], end + 1
+    ends[t + 1], head = end, np.uint64(0)
+    for k in range(8):
+        head = head << np.uint64(8) | np.uint64(texts[ends[t] + k] if ends[t] + k < end else 0)
+    heads[t] = head
+
+
+@compiled
+def has_room(q, new_id, arrays, used):
+    "Whether all arrays have room for what merging pair `q` can add. used[4] becomes the number of its places."
+    slots, weights, places, table, pairs, tallies, births, heap, heads, texts, ends = arrays
+    used[4] = tallies[q, 2]
+    number = used[0] + min(2 * used[4], 2 * new_id + 2)
+    width = ends[pairs[q, 0] + 1] - ends[pairs[q, 0]] + ends[pairs[q, 1] + 1] - ends[pairs[q, 1]]
+    return (number <= len(pairs) and 2 * number < len(table) and used[1] + 2 * used[4] <= len(places)
+            and 2 * used[4] <= len(births) and used[2] + number - used[0] <= len(heap)
+            and ends[new_id] + width <= len(texts))
+
+# %% ../nbs/04_bpe.ipynb #4b15a8f1
+@compiled
+def learn(arrays, used, merges, stop):
+    "Make merges until there are `stop` (used[3]: how many there are). 0: done, 1: no pair is left, 2: room is needed."
+    slots, weights, places, table, pairs, tallies, births, heap, heads, texts, ends = arrays
+    while used[3] < stop:
+        new_id, first = 256 + used[3], used[0]
+        q = best_to_top(heap, used, tallies, pairs, heads, texts, ends)
+        if q < 0: return 1
+        if not has_room(q, new_id, arrays, used): return 2
+        a, b = pairs[q, 0], pairs[q, 1]
+        merges[used[3], 0], merges[used[3], 1] = a, b
+        add_token(new_id, a, b, heads, texts, ends)
+        n = merge_places(q, new_id, ends[a + 1] - ends[a], ends[b + 1] - ends[b], slots, weights, places, table, pairs,
+                         tallies, births, used)
+        index_births(first, n, births, tallies, places, used)
+        for born in range(first, used[0]):
+            if tallies[born, 0] > 0:
+                heap[used[2], 0], heap[used[2], 1], used[2] = tallies[born, 0], born, used[2] + 1
+                rise(heap, used[2] - 1, pairs, heads, texts, ends)
+        used[3] += 1
+    return 0
+
+# %% ../nbs/04_bpe.ipynb #027d571f
+def _longer(array: np.ndarray, length: int) -> np.ndarray:
+    "The array with room for at least `length` rows, and for half as many again as now, if it is too short."
+    if len(array) >= length: return array
+    new = np.zeros((max(length, 3 * len(array) // 2), *array.shape[1:]), array.dtype)
+    new[:len(array)] = array
+    return new
+
+
+@compiled
+def fill_table(table, pairs, number):
+    for q in range(number):
+        row = pair_row(table, pairs[q, 0], pairs[q, 1])
+        table[row, 0], table[row, 1] = (np.int64(pairs[q, 0]) << 32 | np.int64(pairs[q, 1])) + 1, q
+
+# %% ../nbs/04_bpe.ipynb #6f1ec30a
+def _start(words: Words, num_merges: int) -> tuple[list[np.ndarray], np.ndarray]:
+    "The arrays that `learn` works on, and what of them is in use: pairs, places, heap entries, merges."
+    slots, used = np.empty((len(words.text) + len(words.ends) + 1, 2), np.int32), np.zeros(5, np.int64)
+    slots = slots[:lay_out(words.text, words.ends, slots)]
+    table, pairs, tallies = (np.zeros(shape, np.int64) for shape in ((1 << 18, 2), (1 << 16, 2), (1 << 16, 3)))
+    direct = count_byte_pairs(slots, words.counts, table, pairs, tallies, used)
+    used[1:3] = tallies[:, 2].sum(), used[0]
+    places = np.zeros(3 * used[1] // 2 + 1024, np.int32)
+    place_byte_pairs(slots, direct, tallies, used[0], places)
+    heap = np.column_stack([tallies[:, 0], np.arange(len(tallies))])
+    texts, ends = np.zeros(1 << 17, np.uint8), np.zeros(257 + num_merges, np.int64)
+    texts[:256], ends[:257] = range(256), range(257)
+    heads = np.zeros(256 + num_merges, np.uint64)
+    heads[:256] = np.arange(256, dtype=np.uint64) << np.uint64(56)
+    births = np.zeros((1 << 16, 2), np.int64)
+    for i in range(used[2] // 2, -1, -1): sink(heap, used[2], i, pairs, heads, texts, ends)
+    return [slots, words.counts, places, table, pairs, tallies, births, heap, heads, texts, ends], used
+
+# %% ../nbs/04_bpe.ipynb #13f79fcb
+def _make_room(arrays: list[np.ndarray], used: np.ndarray) -> None:
+    "Room for a merge at used[4] places."
+    slots, weights, places, table, pairs, tallies, births, heap, heads, texts, ends = arrays
+    new_id, need = 256 + used[3], 2 * used[4]
+    more = min(need, 2 * new_id + 2)
+    places, births, heap = _longer(places, used[1] + need), _longer(births, need), _longer(heap, used[2] + more)
+    pairs, tallies = _longer(pairs, used[0] + more), _longer(tallies, used[0] + more)
+    texts = _longer(texts, 3 * ends[new_id])
+    if 2 * (used[0] + more) >= len(table):
+        table = np.zeros((1 << int(4 * (used[0] + more)).bit_length(), 2), np.int64)
+        fill_table(table, pairs, used[0])
+    arrays[:] = slots, weights, places, table, pairs, tallies, births, heap, heads, texts, ends
+
+# %% ../nbs/04_bpe.ipynb #3d9af1a0
+def learn_merges_compiled(words: Words, num_merges: int, progress: bool = False) -> list[Pair]:
+    "The first `num_merges` merges, fewer if the pairs run out. Needs numba: `load_compiled` first."
+    arrays, used = _start(words, num_merges)
+    merges, verdict = np.zeros((num_merges, 2), np.int32), 2
+    with tqdm(total=num_merges, desc="learn merges", unit=" merges", disable=not progress) as bar:
+        while used[3] < num_merges and verdict != 1:
+            verdict = learn(tuple(arrays), used, merges, min(num_merges, used[3] + 500))
+            if verdict == 2: _make_room(arrays, used)
+            bar.update(int(used[3]) - bar.n)
+    texts, ends = arrays[-2].tobytes(), arrays[-1].tolist()
+    tokens = [texts[a:b] for a, b in zip(ends, ends[1:])]
+    return [(tokens[a], tokens[b]) for a, b in merges[:used[3]].tolist()]
+
+# %% ../nbs/04_bpe.ipynb #543e24ac
+def pack_words(counts: Mapping[bytes, int]) -> Words:
+    "The words that occur at all, with their counts, as arrays."
+    kept = {word: count for word, count in counts.items() if count > 0}
+    ends = np.cumsum(np.fromiter(map(len, kept), np.int64, len(kept)))
+    return Words(np.frombuffer(b"".join(kept), np.uint8).copy(), ends, np.fromiter(kept.values(), np.int64, len(kept)))
+
+# %% ../nbs/04_bpe.ipynb #e3c59d51
+MIN_COMPILED_WORD_BYTES = 1 << 16  # with fewer bytes of distinct words, plain Python is done sooner
+
+
+@lru_cache(maxsize=1)
+def merges_ready() -> bool:
+    "Load the compiled functions and run each once; False without numba."
+    return compiled_ready() and say_if_slow(lambda: len(learn_merges_compiled(pack_words({b"newest": 1}), 2)) == 2)
+
+
+def _learn(words: Words, num_merges: int, progress: bool) -> list[Pair]:
+    "The merges, by compiled code where that pays."
+    if MIN_COMPILED_WORD_BYTES <= len(words.text) < 1 << 30 and merges_ready():
+        return learn_merges_compiled(words, num_merges, progress)
+    return _learn_merges(PairTable(words.counter()), num_merges, progress)
+
+# %% ../nbs/04_bpe.ipynb #a6172e7d
 def train_bpe_from_counts(counts: Mapping[bytes, int], vocab_size: int, special_tokens: Iterable[str] = (), *,
                           progress: bool = False) -> tuple[dict[int, bytes], list[Pair]]:
     """The vocabulary (id to bytes) and the merges in order, from pre-token counts (`count_pretokens`).
@@ -164,21 +475,26 @@ def train_bpe_from_counts(counts: Mapping[bytes, int], vocab_size: int, special_
     ValueError if `vocab_size` is below 256 + special tokens or a special token is given twice.
     Source: Sennrich et al. 2016; tie rule: handout problem train_bpe."""
     specials = _check_sizes(vocab_size, special_tokens)
-    table = PairTable({word: count for word, count in counts.items() if count > 0})
-    merges = _learn_merges(table, vocab_size - 256 - len(specials), progress)
+    merges = _learn(pack_words(counts), vocab_size - 256 - len(specials), progress)
     return _vocabulary(merges, vocab_size, specials), merges
 
-# %% ../nbs/04_bpe.ipynb #f1990f37
+# %% ../nbs/04_bpe.ipynb #a65fc7ab
 def train_bpe(input_path: str | os.PathLike, vocab_size: int, special_tokens: Iterable[str], *, num_processes: int = 1,
               progress: bool = False) -> tuple[dict[int, bytes], list[Pair]]:
     """Train a byte-level BPE on a text file: the vocabulary (id to bytes) and the merges in the order of learning.
 
     `vocab_size` counts the 256 bytes, the merges and `special_tokens`, which separate the text and come last.
-    The result does not depend on `num_processes`. Warns where the text is too small for `vocab_size`.
+    The result does not depend on `num_processes`: threads of compiled code for a large file (see `count_pretokens`),
+    processes where numba is missing. Warns where the text is too small for `vocab_size`.
     FileNotFoundError if there is no file; ValueError if it is empty or not UTF-8, or the sizes do not fit (see
-    `train_bpe_from_counts`).
+    `train_bpe_from_counts`); OSError if it changes while it is read.
     Source: handout problem train_bpe."""
     specials = _check_sizes(vocab_size, special_tokens)
-    if os.path.getsize(input_path) == 0: raise ValueError(f"{input_path} is empty: there is nothing to train on")
+    size = os.path.getsize(input_path)
+    if size == 0: raise ValueError(f"{input_path} is empty: there is nothing to train on")
+    if size >= MIN_COMPILED_BYTES and compiled_ready():
+        words = count_words(input_path, specials, num_threads=num_processes, progress=progress)
+        merges = _learn(words, vocab_size - 256 - len(specials), progress)
+        return _vocabulary(merges, vocab_size, specials), merges
     counts = count_pretokens(input_path, specials, num_processes=num_processes, progress=progress)
     return train_bpe_from_counts(counts, vocab_size, specials, progress=progress)

@@ -25,7 +25,7 @@ __all__ = ['PATTERN', 'MIN_PARALLEL_BYTES', 'EDGE', 'LETTER', 'NUMBER', 'OTHER',
            'contraction_width', 'scan_tables', 'look_closer', 'find_pieces', 'eight_bytes', 'word_key', 'add_short',
            'bytes_hash', 'find_long', 'add_long', 'count_pieces', 'pour', 'WordTable', 'Words', 'copy_words',
            'words_in_order', 'kinds_part_at', 'contraction_letter', 'special_beside', 'last_safe_cut', 'count_words',
-           'compiled_ready', 'count_pretokens']
+           'say_if_slow', 'compiled_ready', 'count_pretokens']
 
 # %% ../nbs/03_pretokenization.ipynb #8e0ee28d
 # GPT-2's pre-tokenization pattern (Radford et al., 2019), for the module `regex`.
@@ -595,12 +595,15 @@ def _note_fault(text: np.ndarray, at: int, reader: _ChunkReader, final: bool = T
 def _count_chunks(reader: _ChunkReader) -> WordTable:
     "What each thread does: count chunks until there are no more."
     buffers, table = _Buffers(), WordTable()
-    while True:
-        at, size = _next_chunk(reader, buffers)
-        if size == 0: return table
-        pieces = find_pieces(buffers.text, size, reader.tables, buffers.starts)
-        if pieces >= 0: table.count(buffers.text, buffers.words, buffers.starts, pieces, at)
-        elif not _note_fault(buffers.text[:size], at, reader): raise AssertionError(f"two decoders disagree at {at:,}")
+    try:
+        while True:
+            at, size = _next_chunk(reader, buffers)
+            if size == 0: return table
+            pieces = find_pieces(buffers.text, size, reader.tables, buffers.starts)
+            if pieces >= 0: table.count(buffers.text, buffers.words, buffers.starts, pieces, at)
+            elif not _note_fault(buffers.text[:size], at, reader):
+                raise AssertionError(f"two decoders disagree at {at:,}")
+    finally: reader.stopped = True  # after an error the other threads need not go on
 
 # %% ../nbs/03_pretokenization.ipynb #dca77e89
 def _run_threads(reader: _ChunkReader, num_threads: int) -> list[WordTable]:
@@ -616,6 +619,7 @@ def count_words(path: str | os.PathLike, special_tokens: Iterable[str], *, num_t
     """The counts of `count_pretokens` as arrays, by compiled code in threads, in the order of the first places.
 
     Errors as there; also OSError if the file's size changes while it is read. Needs numba: `load_compiled` first."""
+    _check_at_least_one(num_threads=num_threads, chunk_bytes=chunk_bytes)
     reader = _ChunkReader(path, check_special_tokens(special_tokens), chunk_bytes, progress)
     try:
         table, *others = _run_threads(reader, num_threads)
@@ -631,14 +635,23 @@ _PATIENCE_SECONDS = 2
 
 
 @lru_cache(maxsize=1)
+def _tell() -> None:
+    print("compiling the fast tokenizer (once; later runs find it on disk) ...", file=sys.stderr, flush=True)
+
+
+def say_if_slow(first_call: Callable[[], bool]) -> bool:
+    "The result of a first call of compiled functions; if it takes long, a line on stderr says why, once."
+    timer = threading.Timer(_PATIENCE_SECONDS, _tell)
+    timer.daemon = True
+    timer.start()
+    try: return first_call()
+    finally: timer.cancel()
+
+# %% ../nbs/03_pretokenization.ipynb #74813233
+@lru_cache(maxsize=1)
 def compiled_ready() -> bool:
-    "Load the compiled functions and run each once; says on stderr if that means to compile. False without numba."
-    tell = threading.Timer(_PATIENCE_SECONDS, print, ["compiling the fast tokenizer (once; later runs find it on disk) ..."],
-                           {"file": sys.stderr, "flush": True})
-    tell.daemon = True
-    tell.start()
-    try: return load_compiled() and _try_once()
-    finally: tell.cancel()
+    "Load the compiled functions and run each once; False where numba is missing."
+    return say_if_slow(lambda: load_compiled() and _try_once())
 
 
 def _try_once() -> bool:
