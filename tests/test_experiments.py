@@ -3,6 +3,7 @@
 import json, math, os, re, subprocess, sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -226,6 +227,13 @@ def test_same_bytes_in_another_process_with_other_settings(tmp_path):
         assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes(), path.name
 
 
+def test_settings_around_a_figure_do_not_reach_it(tmp_path, log):
+    plain = ex.save_figure(ex.plot_loss([log]), tmp_path / "plain")
+    with matplotlib.rc_context({"axes.facecolor": "red", "lines.markersize": 20, "savefig.bbox": "tight"}):
+        styled = ex.save_figure(ex.plot_loss([log]), tmp_path / "styled")
+    assert [p.read_bytes() for p in plain] == [p.read_bytes() for p in styled]
+
+
 def test_command_line_draws_the_same_bytes(tmp_path):
     cli = pytest.importorskip("cs336_lm.cli", exc_type=ImportError)
     for run in (ROOT / "figures" / "runs").glob("*.jsonl"):
@@ -323,6 +331,15 @@ def test_prepare_with_the_tokenizer_of_another_corpus(tmp_path):
     own, other = ex.prepare(b, 300, tmp_path / "data"), ex.prepare(b, 300, tmp_path / "data", tokenizer_corpus=a)
     assert other.tokenizer.trained_on == "a" and other.corpus.name == "b" and other.train.path != own.train.path
     assert other.train.tokens != own.train.tokens
+
+
+def test_prepare_encodes_a_changed_text_again_though_the_tokenizer_stays(tmp_path):
+    a, b = write_text(tmp_path / "a.txt"), write_text(tmp_path / "b.txt")
+    before = ex.prepare(b, 300, tmp_path / "data", tokenizer_corpus=a)
+    write_text(b, "multiplied by")
+    after = ex.prepare(b, 300, tmp_path / "data", tokenizer_corpus=a)
+    assert after.tokenizer.sha256 == before.tokenizer.sha256 and after.train.path == before.train.path
+    assert b"multiplied" in after.tokenizer.decode_bytes(ex.open_tokens(after.train.path))
 
 
 # yardsticks

@@ -53,9 +53,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: END_OF_TEXT.encode()}, [], [END_OF_TEXT])
+    return BYTES
 
 
+BYTES = Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: END_OF_TEXT.encode()}, [], [END_OF_TEXT])
 logit_rows = st.lists(st.integers(-160, 160).map(lambda n: n / 8), min_size=2, max_size=12, unique=True)
 
 
@@ -108,6 +109,13 @@ def test_is_a_distribution_and_keeps_the_order(row, temperature, top_k, top_p):
     assert (p[logits.argsort()].diff() >= 0).all()
     assert top_k is None or (p > 0).sum() <= top_k
     assert p[logits.argmax()] > 0
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.3, 1.0, 2.5, 1e3])
+def test_temperature_divides_the_log_odds(temperature):
+    logits = torch.tensor([0.0, -1.0, 2.0, 0.5]) * min(temperature, 1.0)
+    odds = apply_temperature(logits, temperature).double().log()
+    torch.testing.assert_close(odds - odds[0], (logits.double() - logits[0]) / temperature, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-8, 0.5, 1e4, 1e30])
@@ -180,6 +188,7 @@ def test_logits_of_a_diverged_model(logits):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20).filter(any), st.floats(0, 1, exclude_max=True, width=32))
+@example([0, 1, 0], 0.0)
 @example([0, 1, 0], 1 - 2**-24)
 @example([3, 3, 3], 1 - 2**-24)
 def test_draw_is_the_inverse_cdf(weights, u):
@@ -259,15 +268,22 @@ def test_stops_before_the_stop_token_and_at_the_length(model):
     st.lists(st.lists(st.integers(0, 256), min_size=1, max_size=20), min_size=1, max_size=6),
     st.integers(1, 7),
     st.integers(0, 10),
-    st.none() | st.integers(0, 256),
+    st.none() | st.integers(0, 50),
 )
-def test_batch_equals_one_by_one(prompts, batch_size, max_new_tokens, stop_id):
-    model = toy()
-    kwargs = dict(max_new_tokens=max_new_tokens, stop_id=stop_id, temperature=0.3)
-    alone = [
-        list(generate_tokens(model, p, generator=seeded_generator(9 + i), **kwargs)) for i, p in enumerate(prompts)
-    ]
-    assert generate_tokens_batch(model, prompts, seed=9, batch_size=batch_size, **kwargs) == alone
+@example([[5], [6, 7, 8]], 2, 10, 3)
+def test_batch_equals_one_by_one(prompts, batch_size, max_new_tokens, stop_at):
+    model, kwargs = toy(), dict(max_new_tokens=max_new_tokens, temperature=0.3)
+
+    def one_by_one():
+        return [
+            list(generate_tokens(model, p, generator=seeded_generator(9 + i), **kwargs)) for i, p in enumerate(prompts)
+        ]
+
+    free = [token for row in one_by_one() for token in row]
+    if stop_at is not None and free:
+        kwargs["stop_id"] = free[stop_at % len(free)]  # a token that does come
+        assert sum(map(len, one_by_one())) < len(free)
+    assert generate_tokens_batch(model, prompts, seed=9, batch_size=batch_size, **kwargs) == one_by_one()
 
 
 def test_empty_batch(model, tokenizer):
@@ -279,6 +295,7 @@ def test_leaves_gradients_and_the_global_generator_alone(model):
     for _ in generate_tokens(model, [1], max_new_tokens=3, generator=seeded_generator(0)):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert torch.equal(before, torch.get_rng_state())
+    assert not next_logits(model, torch.tensor([[1]]), model.make_cache()).requires_grad
     model(torch.tensor([[1, 2]])).sum().backward()  # no inference tensor got into the model
     model.zero_grad()
 
@@ -308,7 +325,7 @@ def test_bad_counts(wrong, model):
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 256)), st.text())
 def test_whole_characters_join_to_the_decoded_text(ids, text):
-    tokenizer = Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: END_OF_TEXT.encode()}, [], [END_OF_TEXT])
+    tokenizer = BYTES
     assert "".join(whole_characters(ids, tokenizer)) == tokenizer.decode(ids)
     text_ids = list(text.encode())
     assert list(whole_characters(text_ids, tokenizer)) == list(text)  # one character a piece: none is cut
