@@ -4,6 +4,7 @@
 # make export  notebooks -> cs336_lm/, README.md
 # make run     run all notebooks and store their outputs
 # make figures redraw every figure from the recorded logs
+# make writeup every answer and the errata on one page: build/write_up.html (and .pdf where Chromium is installed)
 # make clean   remove what can be made again (keeps data/ and runs/)
 
 # The first Python of these that is new enough builds the environment; say PYTHON=/path/to/python for another one.
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lab export run figures clean
+.PHONY: demo test lab export run figures writeup clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -54,6 +55,9 @@ run: $(VENV)/.dev
 
 figures: $(VENV)/.package
 	@$(BIN)/cs336 figures
+
+writeup: $(VENV)/.dev
+	@$(BIN)/python tools/make_writeup.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis _book
