@@ -223,6 +223,14 @@ def test_no_result_is_typed_in_a_short_answer(book, in_nbs):
     for source in makers: assert not typed(source) & results - GIVEN, source
 
 
+def test_no_row_of_the_errata_types_its_result(book, in_nbs):
+    space = book[0]
+    for name, row in space["ROWS"].items():
+        values = space["judged"](name)[0].values()
+        assert not typed(row.here) & {float(v) for v in values if isinstance(v, (int, float))}, row.here
+        assert not re.fullmatch(r"[-\d._e'\"]+|True|False", row.here), row.here
+
+
 def test_the_check_for_typed_results_can_fail():
     assert typed('print("XL has 2,127,057,600 parameters")') == {2127057600}
     assert typed('print(f"{name}: {2_127_057_600:,} and 66.91 %")') == {2127057600, 66.91}

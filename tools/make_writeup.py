@@ -18,6 +18,7 @@ CHAPTER = ROOT / "nbs" / "18_write_up.ipynb"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-pdf-header-footer")
 FONT_SIZE = 11   # points that formulas are drawn at; they are scaled with the text
+SCALE = 1.1      # the formulas' letters are smaller than the text's
 CODE = re.compile(r"(```.*?```|`[^`\n]+`)", flags=re.S)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$]+?)(?<=\S)\$(?!\d)", flags=re.S)
 FIGURE = re.compile(r"\[Figure\]\(([\w.-]+\.ipynb)#([\w-]+)\)")
@@ -53,7 +54,7 @@ def formula(latex: str) -> str:
         figure = Figure(figsize=(width / 72, height / 72))
         figure.text(0, depth / height, text, fontproperties=font)
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    data, em = base64.b64encode(target.getvalue()).decode(), lambda points: f"{points / FONT_SIZE:.3f}em"
+    data, em = base64.b64encode(target.getvalue()).decode(), lambda points: f"{SCALE * points / FONT_SIZE:.3f}em"
     alt = html.escape(latex).replace("|", "&#124;").replace("\n", " ")
     return (f'<img class="formula" alt="{alt}" style="height:{em(height)};vertical-align:-{em(depth)}" '
             f'src="data:image/svg+xml;base64,{data}">')
@@ -85,28 +86,28 @@ def figure(chapter: str, cell_id: str) -> str:
     return "\n".join(f'<img alt="figure of {chapter}" src="data:image/png;base64,{picture}">' for picture in pictures)
 
 
-def rendered(text: str) -> str:
-    "Markdown with figures and formulas in it, and links that lead from the page to the notebooks."
+def rendered(text: str, notebooks: str) -> str:
+    "Markdown with figures and formulas in it, and links that lead from the page to the folder of notebooks."
     text = with_formulas(text)
     text = FIGURE.sub(lambda m: figure(m[1], m[2]), text)
-    return re.sub(r"\]\((\d\d_\w+\.ipynb)", r"](../nbs/\1", text)
+    return re.sub(r"\]\((\d\d_\w+\.ipynb)", rf"]({notebooks}/\1", text)
 
 
-def selected(nb):
+def selected(nb, notebooks: str):
     "The cells that a reader of the page needs: prose, and what answers and derivations print; no code and no checks."
     nb = nb.copy()
     nb.cells = [c.copy() for c in nb.cells if not {"check", "clear"} & set(c.metadata.get("tags", []))]
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = rendered(cell.source)
+        if cell.cell_type == "markdown": cell.source = rendered(cell.source, notebooks)
         for out in cell.get("outputs", []):
-            if "text/markdown" in out.get("data", {}): out.data["text/markdown"] = rendered(out.data["text/markdown"])
+            if "text/markdown" in out.get("data", {}): out.data["text/markdown"] = rendered(out.data["text/markdown"], notebooks)
     return nb
 
 
-def page(nb) -> str:
-    "The whole page."
+def page(nb, notebooks: str = "../nbs") -> str:
+    "The whole page; `notebooks` is the way from it to the notebooks."
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True)
-    body, _ = exporter.from_notebook_node(selected(nb))
+    body, _ = exporter.from_notebook_node(selected(nb, notebooks))
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>The write-up</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
             f'<body>\n{body}\n</body></html>\n')
@@ -137,7 +138,8 @@ def main() -> int:
     parser.add_argument("--stored", action="store_true", help="use the stored outputs, do not run the chapter")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "write_up.html", help="the HTML file; the PDF stands beside it")
     args = parser.parse_args()
-    text = page(chapter(run=not args.stored))
+    way = Path(os.path.relpath(CHAPTER.parent, args.output.resolve().parent)).as_posix()
+    text = page(chapter(run=not args.stored), way)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text, encoding="utf-8")
     print(f"Wrote {os.path.relpath(args.output)}")
