@@ -457,7 +457,12 @@ MIN_COMPILED_WORD_BYTES = 1 << 16  # with fewer bytes of distinct words, plain P
 @lru_cache(maxsize=1)
 def merges_ready() -> bool:
     "Load the compiled functions and run each once; False without numba."
-    return compiled_ready() and say_if_slow(lambda: len(learn_merges_compiled(pack_words({b"newest": 1}), 2)) == 2)
+    return compiled_ready() and say_if_slow(_try_merges)
+
+
+def _try_merges() -> bool:
+    fill_table(np.zeros((4, 2), np.int64), np.zeros((1, 2), np.int64), np.int64(1))  # else called on growth only
+    return len(learn_merges_compiled(pack_words({b"newest": 1}), 2)) == 2
 
 
 def _learn(words: Words, num_merges: int, progress: bool) -> list[Pair]:
