@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 'RUNS', 'LONG_SENTENCE', 'RunLog', 'read_log',
            'thin', 'without_folders', 'record_run', 'styled', 'save_figure', 'column', 'caption', 'draw_loss',
-           'plot_loss', 'plot_demo', 'log_loss_axis', 'FigureRecipe', 'draw_figures', 'read_record', 'Recipe',
-           'Prepared', 'prepare_tokenizer', 'prepare_tokens', 'prepare', 'run_config', 'run_experiment', 'NgramModel',
-           'histories', 'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over', 'long_sentences', 'longest_run',
-           'text_measures', 'counted_losses', 'is_story', 'story_measures', 'training_measures', 'draw_samples',
-           'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'one_thread',
-           'train_demo', 'demo', 'experiment_log', 'experiment_row']
+           'plot_loss', 'plot_demo', 'log_loss_axis', 'plot_tinystories_9mb', 'FigureRecipe', 'draw_figures',
+           'read_record', 'Recipe', 'Prepared', 'prepare_tokenizer', 'prepare_tokens', 'prepare', 'run_config',
+           'run_experiment', 'NgramModel', 'histories', 'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over',
+           'long_sentences', 'longest_run', 'text_measures', 'counted_losses', 'is_story', 'story_measures',
+           'training_measures', 'draw_samples', 'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text',
+           'finish_demo', 'one_thread', 'train_demo', 'demo', 'experiment_log', 'experiment_row']
 
 # %% ../nbs/13_experiments.ipynb #8525d401
 import json, math, re, shutil, textwrap
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from .bpe import train_bpe
 from .corpora import (END_OF_TEXT, Corpus, data_dir, describe_file, find_corpus, held_out_floor, parse_story,
@@ -173,6 +173,7 @@ def draw_loss(ax, logs: Sequence[RunLog], x: str = "step", lines: Mapping[str, f
         color, style = PALETTE[(i + len(logs)) % len(PALETTE)], LINE_STYLES[1 + i % 3]
         ax.axhline(value, color=color, linestyle=style, linewidth=1.3, label=f"{label}: {value:.2f}")
     ax.set(xlabel=X_AXES[x], ylabel="loss (nats a token)")
+    if x == "tokens": ax.xaxis.set_major_formatter(EngFormatter())
     ax.set_xlim(left=0)
 
 # %% ../nbs/13_experiments.ipynb #4bfe6b04
@@ -215,6 +216,13 @@ def log_loss_axis(ax) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 # %% ../nbs/13_experiments.ipynb #5ccf3fb9
+def plot_tinystories_9mb(logs: Sequence[RunLog]) -> Figure:
+    "The TinyStories model on few stories: its training and validation loss against training tokens."
+    log, = logs
+    passes = log.steps[-1]["tokens"] / log.header["tokens"]["train"]
+    return plot_loss(logs, "tokens", title=f"The TinyStories model on {log.header['corpus']['name']}: {passes:.1f} passes")
+
+# %% ../nbs/13_experiments.ipynb #1a86c9b3
 @dataclass(frozen=True)
 class FigureRecipe:
     "How a figure is made: `plot` of the records of `runs`."
@@ -224,6 +232,7 @@ class FigureRecipe:
 
 FIGURES: dict[str, FigureRecipe] = {
     "fig0_demo": FigureRecipe(plot_demo, ("demo",), "the demo's loss against steps and time, beside its yardsticks"),
+    "tinystories-9MB": FigureRecipe(plot_tinystories_9mb, ("tinystories-9MB",), "the handout's model on few stories"),
 }
 
 # %% ../nbs/13_experiments.ipynb #1792c315
@@ -265,8 +274,9 @@ class Recipe:
 _DEMO = dict(model=replace(PRESETS["demo"], tied_embeddings=True, embedding_std=0.02), rows="documents", batch_size=8,
              steps=2_100, max_lr=1e-2, min_lr=2e-4, warmup_steps=105, betas=(0.9, 0.99), weight_decay=0.1,
              eval_every=525, eval_batch_size=64, log_every=10, checkpoint_every=0, keep_checkpoints=1, device="cpu")
-_TINYSTORIES_9MB = dict(model=PRESETS["tinystories"], batch_size=64, steps=640, max_lr=2e-3, min_lr=2e-4,
-                        warmup_steps=64, eval_every=80, checkpoint_every=0, keep_checkpoints=1, seed=0)
+_TINYSTORIES_9MB = dict(model=PRESETS["tinystories"], batch_size=32, steps=1_300, max_lr=2e-3, min_lr=2e-4,
+                        warmup_steps=130, weight_decay=1.0, eval_every=130, log_every=5, checkpoint_every=0,
+                        keep_checkpoints=1)
 
 RUNS: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     Recipe("demo", "a small model on the embedded stories, in minutes on two cores", "stories", 1_024, _DEMO),
