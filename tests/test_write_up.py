@@ -210,7 +210,7 @@ GIVEN = {2025, 2026, 1024, 16384, 19.5, 495, 488, 0xFF, 86400} | set().union(*(l
 def test_no_result_is_typed_in_an_answer(name):
     for cell in cells(NBS / f"{name}.ipynb"):
         if cell["tag"] != "answer": continue
-        if cell["cell_type"] == "markdown": assert not long_numbers(cell["source"]) - GIVEN, cell["source"]
+        if cell["cell_type"] == "markdown": assert not long_numbers(re.sub(r"\]\(.*?\)", "]", cell["source"])) - GIVEN, cell["source"]
         else: assert not typed(cell["source"]) - GIVEN, cell["source"]
 
 
