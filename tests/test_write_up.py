@@ -2,7 +2,7 @@
 
 Chapters are run here as plain code, cell by cell, so that a test can change a preset under them.
 """
-import ast, contextlib, importlib.util, io, json, math, os, re, shutil, subprocess, sys, warnings
+import ast, contextlib, importlib.util, io, json, re, warnings
 from dataclasses import replace
 from pathlib import Path
 
