@@ -10,10 +10,10 @@ __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 
            'run_experiment', 'NgramModel', 'histories', 'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over',
            'long_sentences', 'longest_run', 'text_measures', 'counted_losses', 'is_story', 'story_measures',
            'training_measures', 'draw_samples', 'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text',
-           'finish_demo', 'one_thread', 'train_demo', 'demo', 'experiment_log', 'experiment_row']
+           'finish_demo', 'step_seconds', 'quickest_threads', 'train_demo', 'demo', 'experiment_log', 'experiment_row']
 
 # %% ../nbs/13_experiments.ipynb #8525d401
-import json, math, re, shutil, textwrap
+import json, math, re, shutil, statistics, textwrap, time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,9 +33,10 @@ from .corpora import (END_OF_TEXT, Corpus, data_dir, describe_file, find_corpus,
                               read_documents, sentence_parses, split_sentences, write_aside)
 from .dataset import TokenFile, encode_file, open_tokens, read_token_file
 from .generation import generate_batch
+from .optimization import cross_entropy
 from .tokenizer import Tokenizer
 from .training import LOG_SCHEMA, TrainConfig, load_model, train
-from .transformer import PRESETS, ModelConfig
+from .transformer import PRESETS, ModelConfig, TransformerLM
 
 # %% ../nbs/13_experiments.ipynb #f0c3ef3a
 LOG_KINDS = ("header", "step", "eval", "measure", "end")
@@ -594,18 +595,32 @@ def finish_demo(prepared: Prepared, run: Path, num_samples: int) -> tuple[RunLog
     return log, samples
 
 # %% ../nbs/13_experiments.ipynb #4954ca2d
-@contextmanager
-def one_thread() -> Iterator[None]:
-    "Within it PyTorch computes in one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
+def step_seconds(config: TrainConfig, threads: int, tries: int = 5) -> float:
+    "Median time of a forward and backward pass of the model on a batch of zeros, in so many threads of PyTorch."
+    torch.set_num_threads(threads)
+    model, seconds = TransformerLM(config.model), []
+    ids = torch.zeros(config.batch_size, config.model.context_length, dtype=torch.long)
+    for _ in range(tries):
+        began = time.perf_counter()
+        cross_entropy(model(ids), ids).backward()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 # %% ../nbs/13_experiments.ipynb #7cd0fc0a
+@contextmanager
+def quickest_threads(config: TrainConfig, most: int = 2) -> Iterator[None]:
+    "Within it PyTorch computes in as many threads, 1 to `most`, as serve this model best now."
+    before = torch.get_num_threads()
+    try:
+        choices = range(1, min(most, before) + 1)
+        torch.set_num_threads(min(choices, key=lambda threads: step_seconds(config, threads)))
+        yield
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/13_experiments.ipynb #d5d5c6b8
 def train_demo(config: TrainConfig, progress: bool) -> Path:
     "Train to the end and return the run's folder. ValueError if the run diverged, KeyboardInterrupt if it was stopped."
-    with one_thread(): result = train(config, progress=progress)
+    with quickest_threads(config): result = train(config, progress=progress)
     if result.status == "diverged": raise ValueError(f"the demo's training diverged: {result.reason}")
     if result.status == "interrupted": raise KeyboardInterrupt(f"stopped at step {result.step}")
     return result.folder
