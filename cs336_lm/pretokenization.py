@@ -636,7 +636,7 @@ _PATIENCE_SECONDS = 2
 
 @lru_cache(maxsize=1)
 def _tell() -> None:
-    print("compiling the fast tokenizer (once; later runs find it on disk) ...", file=sys.stderr, flush=True)
+    print("compiling the fast BPE trainer (once; later runs find it on disk) ...", file=sys.stderr, flush=True)
 
 
 def say_if_slow(first_call: Callable[[], bool]) -> bool:

@@ -861,7 +861,7 @@ class FastEncoder:
 def load_encoder() -> bool:
     "Load the compiled code, saying so if it takes long; False if there is no numba."
     if not _loaded:
-        said = threading.Timer(2, print, ["Compiling the fast tokenizer, once; it takes some seconds ..."],
+        said = threading.Timer(2, print, ["compiling the fast encoder (once; later runs find it on disk) ..."],
                                {"file": sys.stderr, "flush": True})
         said.daemon = True
         said.start()
