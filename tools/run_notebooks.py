@@ -61,7 +61,8 @@ def run(path: Path, skipped: frozenset, timeout: int):
 
 def texts(cell) -> list[str]:
     "The text a reader sees under a cell; pictures are left out, since their bytes follow the font library."
-    return [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.get("outputs", []) if "image/png" not in o.get("data", {})]
+    return [o.get("text") or o.get("data", {}).get("text/markdown") or o.get("data", {}).get("text/plain", "")
+            for o in cell.get("outputs", []) if "image/png" not in o.get("data", {})]
 
 
 def differences(old, new) -> list[str]:
