@@ -3,7 +3,6 @@
 import json, math
 
 import pytest
-import torch
 
 from cs336_lm import corpora, experiments as ex
 from cs336_lm.corpora import END_OF_TEXT, Corpus, parse_story, read_documents, write_stories
@@ -23,12 +22,7 @@ TINY = dict(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ import itertools
 import subprocess
 import sys
 import warnings
-from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st

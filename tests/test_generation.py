@@ -29,12 +29,7 @@ from cs336_lm.tokenizer import Tokenizer
 from cs336_lm.transformer import ModelConfig, TransformerLM
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(**changes) -> TransformerLM:

@@ -21,12 +21,7 @@ from cs336_lm.training import (ModelConfig, StopRequest, TrainConfig, Transforme
 TINY = ModelConfig(vocab_size=257, context_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@
 
 Cells with `#| eval: false` or a flag of settings.ini's `tst_flags` are not run and keep what was recorded.
 """
-import argparse, copy, os, re, sys, time
+import argparse, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

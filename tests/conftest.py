@@ -1,0 +1,12 @@
+"""What several test files share."""
+import pytest
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "PyTorch in one thread: models this small only lose by sharing, and sums keep their order."
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
