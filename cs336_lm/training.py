@@ -5,7 +5,8 @@
 # %% ../nbs/11_training.ipynb #5d6d4c85
 from __future__ import annotations
 
-import json, math, os, platform, re, signal, subprocess, threading, time, warnings, zipfile
+import hashlib, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cs336_lm
-from .accounting import flops_per_token
+from .accounting import activation_numbers, count_parameters, flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
@@ -31,15 +32,16 @@ from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
-__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'LOG_SCHEMA', 'FREE_ON_RESUME', 'training_loop', 'save_checkpoint',
-           'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig', 'config_from_dict', 'load_config',
-           'pick_device', 'resolve_config', 'float32_products', 'autocast', 'current_device', 'device_name',
-           'peak_flops', 'TokenRows', 'open_rows', 'to_device', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device',
-           'training_loss', 'evaluation_sums', 'evaluate', 'network_norms', 'Clock', 'Run', 'TrainStep', 'GraphedStep',
-           'TrainParts', 'build_run', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'Diverged',
-           'send', 'receive', 'settle', 'append_log', 'log_step', 'list_checkpoints', 'save_run', 'finish_saving',
-           'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation', 'advance', 'TrainResult', 'train',
-           'train_many', 'load_model']
+__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE', 'FEW_STEPS', 'LOG_SCHEMA', 'FREE_ON_RESUME',
+           'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig',
+           'config_from_dict', 'load_config', 'pick_device', 'resolve_config', 'float32_products', 'autocast',
+           'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
+           'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'evaluate',
+           'network_norms', 'Clock', 'Run', 'TrainStep', 'GraphedStep', 'TrainParts', 'build_run', 'learning_rate',
+           'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged', 'LossWatch', 'divergence_window',
+           'watch_state', 'restored_watch', 'receive', 'settle', 'append_log', 'log_step', 'list_checkpoints',
+           'step_of', 'save_run', 'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation',
+           'advance', 'TrainResult', 'train', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -345,8 +347,23 @@ def open_rows(path: str | os.PathLike, model: ModelConfig, rows: str = "stream",
     if file.tokenizer["vocab_size"] > model.vocab_size:
         raise ValueError(f"{path} has ids up to {file.tokenizer['vocab_size'] - 1}, but the model's vocab_size is "
                          f"{model.vocab_size}; set it to at least {file.tokenizer['vocab_size']}")
+    _check_ids(path, tokens, file.tokenizer["vocab_size"])
     if rows == "documents": return _open_document_rows(file, tokens, model, tokenizer)
     return TokenRows(file, tokens, model.context_length)
+
+# %% ../nbs/11_training.ipynb #090eb327
+def sample_tokens(tokens: np.ndarray, stretches: int = 64, length: int = 4_096) -> np.ndarray:
+    "Evenly spread stretches of a token file, its beginning and end among them; all of a small one."
+    if len(tokens) <= stretches * length: return np.array(tokens)
+    starts = np.linspace(0, len(tokens) - length, stretches).astype(np.int64)
+    return np.concatenate([tokens[start:start + length] for start in starts])
+
+
+def _check_ids(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) -> None:
+    "`ValueError` where stretches of a token file hold ids that its tokenizer has not."
+    if len(tokens) and (largest := int(sample_tokens(tokens).max())) >= vocab_size:
+        raise ValueError(f"{path} holds the id {largest}, but its tokenizer has only {vocab_size}; it is damaged, "
+                         "encode the text again")
 
 # %% ../nbs/11_training.ipynb #482669aa
 def _check_length(rows: TokenRows, least: int) -> None:
@@ -538,6 +555,8 @@ class Run:
     batch: Callable[[int], tuple[Tensor, Tensor]]  # a step's inputs and targets, on the device
     train_step: TrainStep
     evaluation_function: Callable
+    data: dict  # what it learns from: texts, tokenizer, tokens
+    watch: LossWatch
 
     step: int = 0  # steps done
     tokens: int = 0  # targets learned from, padding not counted
@@ -548,6 +567,7 @@ class Run:
     settled: int = 0  # steps whose values have arrived
     grad_norm: float = 0.0
     saved_step: int | None = None  # of the newest checkpoint
+    good_step: int | None = None  # of the newest one that was saved while the loss looked good
     saving: Future | None = None  # a checkpoint that is being written beside the training
     evaluation: dict | None = None  # the last one's log line
     listeners: list[Callable[[dict], None]] = field(default_factory=list)  # told of every line of the log
@@ -699,7 +719,8 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None) -> Run:
                            graph=config.graph == "on")
     batch = batch_source(parts.rows(train_rows, device), config, device)
     return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, parts.model, optimizer,
-               batch, train_step, parts.evaluation_function)
+               batch, train_step, parts.evaluation_function, _data(train_rows, valid_rows),
+               LossWatch(divergence_window(config.steps)))
 
 # %% ../nbs/11_training.ipynb #409710e4
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -738,10 +759,6 @@ def arrival(device: torch.device) -> Callable[[], None]:
     return event.synchronize
 
 # %% ../nbs/11_training.ipynb #93e7b2e8
-class Diverged(ArithmeticError):
-    "A run whose loss or gradient is no longer finite."
-
-
 def send(run: Run) -> None:
     "Send for the values of the steps since the last time."
     if not run.pending: return
@@ -749,8 +766,53 @@ def send(run: Run) -> None:
     run.pending.clear()
 
 # %% ../nbs/11_training.ipynb #8d2281e7
+DIVERGED_NATS, DIVERGED_SHARE, FEW_STEPS = 1.0, 0.1, 10
+
+
+class Diverged(ArithmeticError):
+    "A run whose loss or gradient is no longer finite, or whose loss has risen for too long."
+
+
+class LossWatch:
+    "Mean losses over the last `window` and over the last `FEW_STEPS` steps, and the lowest of each so far."
+    def __init__(self, window: int) -> None:
+        self.window, self.losses, self.total = window, deque(maxlen=window), 0.0
+        self.best = self.best_of_few = math.inf
+
+    @property
+    def mean(self) -> float: return self.total / self.window if len(self.losses) == self.window else -math.inf
+
+    def add(self, loss: float) -> None:
+        self.total += loss - (self.losses[0] if len(self.losses) == self.window else 0.0)
+        self.losses.append(loss)
+        if len(self.losses) == self.window: self.best = min(self.best, self.mean)
+        if len(self.losses) >= FEW_STEPS: self.best_of_few = min(self.best_of_few, self.mean_of_few())
+
+    def mean_of_few(self) -> float: return sum(self.losses[-i] for i in range(1, FEW_STEPS + 1)) / FEW_STEPS
+
+    def has_diverged(self) -> bool: return self.mean > self.best + DIVERGED_NATS
+
+    def looks_good(self) -> bool:
+        "Whether the last few steps do not look like the beginning of a divergence."
+        return len(self.losses) < FEW_STEPS or self.mean_of_few() <= self.best_of_few + DIVERGED_NATS
+
+# %% ../nbs/11_training.ipynb #55463f8d
+def divergence_window(steps: int) -> int: return max(FEW_STEPS, math.ceil(DIVERGED_SHARE * steps))
+
+
+def watch_state(watch: LossWatch) -> dict:
+    return {"losses": list(watch.losses), "total": watch.total, "best": watch.best, "best_of_few": watch.best_of_few}
+
+
+def restored_watch(window: int, state: dict) -> LossWatch:
+    watch = LossWatch(window)
+    watch.losses.extend(state["losses"])
+    watch.total, watch.best, watch.best_of_few = state["total"], state["best"], state["best_of_few"]
+    return watch
+
+# %% ../nbs/11_training.ipynb #84d42035
 def receive(run: Run) -> None:
-    "Take in the values that were sent for. `Diverged` at the first that is not finite."
+    "Take in the values that were sent for. `Diverged` where they say so."
     for last, values, wait in run.coming:
         wait()
         for step, (loss, norm, targets) in enumerate(values.tolist(), last - len(values) + 1):
@@ -758,8 +820,12 @@ def receive(run: Run) -> None:
                 raise Diverged(f"loss {loss}, gradient norm {norm} at step {step}, learning rate "
                                f"{learning_rate(run.config, step):.3g}; lower max_lr or lengthen the warmup")
             run.losses.append(loss)
+            run.watch.add(loss)
             run.tokens += int(targets)
             run.settled, run.grad_norm = step, norm
+            if run.watch.has_diverged():
+                raise Diverged(f"mean loss {run.watch.mean:.3f} over {run.watch.window} steps at step {step}, "
+                               f"{run.watch.best:.3f} at best; lower max_lr or lengthen the warmup")
     run.coming.clear()
 
 # %% ../nbs/11_training.ipynb #354bc855
@@ -795,6 +861,7 @@ def _header(run: Run) -> dict:
             "corpus": train.corpus, "tokenizer": train.tokenizer,
             "tokens": {"train": train.tokens, "valid": valid.tokens},
             "parameters": sum(p.numel() for p in run.model.parameters()), "device": device_name(run.device),
+            "divergence": {"nats": DIVERGED_NATS, "steps": run.watch.window},
             "versions": _versions(), "commit": _commit(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -830,39 +897,45 @@ def log_step(run: Run) -> dict:
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
     "The checkpoints of a run folder, newest first."
     found = [p for p in (Path(folder) / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name)]
-    return sorted(found, key=lambda p: int(p.stem[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _data(run: Run) -> dict:
-    "What the run learns from: texts, tokenizer, tokens; whatever the files are called."
-    files = {"train": run.train_rows.file, "valid": run.valid_rows.file}
-    return {split: {"tokens": file.tokens, "corpus": file.corpus.get("sha256"), "tokenizer": file.tokenizer["sha256"]}
-            for split, file in files.items()}
+def step_of(checkpoint: Path) -> int: return int(checkpoint.stem[len("step-"):])
+
+
+def _data(train: TokenRows, valid: TokenRows) -> dict:
+    "What a run learns from: texts, tokenizer, tokens; whatever the files are called."
+    return {split: {"tokens": rows.file.tokens, "corpus": rows.file.corpus.get("sha256"),
+                    "tokenizer": rows.file.tokenizer["sha256"],
+                    "sample": hashlib.sha256(sample_tokens(rows.tokens)).hexdigest()}
+            for split, rows in (("train", train), ("valid", valid))}
 
 # %% ../nbs/11_training.ipynb #a5f4b034
 def save_run(run: Run) -> Path:
     "Write the checkpoint of the run's step, from CUDA beside the training; the oldest beyond `keep_checkpoints` go."
     settle(run)
     finish_saving(run)
+    if run.watch.looks_good(): run.good_step = run.step
     path = run.folder / "checkpoints" / f"step-{run.step:07d}.pt"
     state = checkpoint_state(run.model, run.optimizer, run.step, config=asdict(run.config), random=_random(run.device),
-                             data=_data(run), tokenizer_sha256=run.train_rows.file.tokenizer["sha256"],
+                             data=run.data, tokenizer_sha256=run.train_rows.file.tokenizer["sha256"],
                              tokens=run.tokens, losses=list(run.losses), grad_norm=run.grad_norm,
-                             seconds=run.clock.seconds)
-    run.saved_step = run.step
-    if not runs_behind(run.device): _write(state, path, run.config.keep_checkpoints)
-    else: run.saving = _SAVER.submit(_write, to_host(state), path, run.config.keep_checkpoints, arrival(run.device))
+                             seconds=run.clock.seconds, watch=watch_state(run.watch), good_step=run.good_step)
+    run.saved_step, keep = run.step, (run.config.keep_checkpoints, run.good_step)
+    if not runs_behind(run.device): _write(state, path, keep)
+    else: run.saving = _SAVER.submit(_write, to_host(state), path, keep, arrival(run.device))
     return path
 
 # %% ../nbs/11_training.ipynb #d2e13caf
 _SAVER = ThreadPoolExecutor(1, "checkpoint")
 
 
-def _write(state: dict, path: Path, keep: int, wait: Callable[[], None] = lambda: None) -> None:
-    "Write a checkpoint, then delete the oldest of its folder beyond `keep`."
+def _write(state: dict, path: Path, keep: tuple[int, int | None], wait: Callable[[], None] = lambda: None) -> None:
+    "Write a checkpoint; of its folder the newest `keep[0]` stay, and the one of step `keep[1]`."
     wait()
     with write_aside(path) as file: torch.save(state, file)
-    for old in list_checkpoints(path.parent.parent)[keep:]: old.unlink()
+    for old in list_checkpoints(path.parent.parent)[keep[0]:]:
+        if step_of(old) != keep[1]: old.unlink()
 
 
 def finish_saving(run: Run, wait: bool = True) -> None:
@@ -884,11 +957,16 @@ FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_eve
                   "runs_dir"}
 
 
+def _flat(nested: dict, prefix: str = "") -> dict:
+    "The entries of nested dicts under names like model.norm."
+    return {name: value for k, v in nested.items()
+            for name, value in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}).items()}
+
+
 def _check_same_run(saved: dict, run: Run, name: Path) -> None:
     "`ValueError` where a checkpoint's settings or data contradict those of the run that would resume it."
-    given = asdict(run.config)
-    flat = lambda d: {k: v for k, v in d.items() if k != "model"} | {f"model.{k}": v for k, v in d["model"].items()}
-    old, new = flat(saved["config"]) | {"data": saved["data"]}, flat(given) | {"data": _data(run)}
+    old = _flat(saved["config"] | {"data": saved["data"]})
+    new = _flat(asdict(run.config) | {"data": run.data})
     wrong = [key for key in new if key not in FREE_ON_RESUME and key in old and old[key] != new[key]]
     if wrong: raise ValueError(f"{name} contradicts the configuration: {wrong[0]} was {old[wrong[0]]!r} and is now "
                                f"{new[wrong[0]]!r}; resume with the old value, or start a run under another name")
@@ -924,6 +1002,7 @@ def _restore_run(run: Run, file: Path, state: dict) -> None:
     _restore(state, run.model, run.optimizer, file)
     run.step = run.saved_step = run.settled = state["iteration"]
     run.tokens, run.losses, run.grad_norm = state["tokens"], list(state["losses"]), state["grad_norm"]
+    if "watch" in state: run.watch, run.good_step = restored_watch(run.watch.window, state["watch"]), state["good_step"]
     run.clock = Clock(state["seconds"])
     run.clock.tokens = run.tokens
     random = state["random"]
@@ -948,6 +1027,16 @@ def _fill_folder(run: Run, asked: TrainConfig) -> None:
     log = run.folder / "log.jsonl"
     if not log.exists() or not log.stat().st_size: append_log(run, _header(run))
 
+# %% ../nbs/11_training.ipynb #58c091f5
+def _check_disk(run: Run) -> None:
+    "`OSError` where the disk has no room for the run's checkpoints."
+    there = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())
+    size = 12 * sum(p.numel() for p in run.model.parameters())
+    new = max(1, run.config.keep_checkpoints + 1 - len(list_checkpoints(run.folder)))
+    if (free := shutil.disk_usage(there).free) < new * size:
+        raise OSError(f"{there} has {free / 1e9:.2f} GB free, but {new} checkpoints of {size / 1e9:.2f} GB are to "
+                      "come; make room, choose another runs_dir, or lower keep_checkpoints")
+
 # %% ../nbs/11_training.ipynb #7cfebdb5
 def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None = None) -> Run:
     "A new run in a new folder, or one taken up again. All that can be wrong is found before anything is written."
@@ -958,6 +1047,7 @@ def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None 
     found = newest_checkpoint(folder) if resume else None
     if found and asked.precision == "auto": asked = replace(asked, precision=found[1]["config"]["precision"])
     run = build_run(resolve_config(asked), parts)
+    _check_disk(run)
     if resume: _take_up(run, found)
     _fill_folder(run, asked)
     return run
@@ -1051,12 +1141,22 @@ def _out_of_memory(run: Run) -> ValueError:
                       f"eval_batch_size {run.config.eval_batch_size}; lower them and start the run anew")
 
 # %% ../nbs/11_training.ipynb #a36a4fd8
+def _keep_good_checkpoints(run: Run) -> None:
+    "Delete what a diverging run saved after its last good checkpoint, if there is one."
+    files = {step_of(file): file for file in list_checkpoints(run.folder)}
+    if run.good_step in files:
+        for step, file in files.items():
+            if step > run.good_step: file.unlink()
+
+# %% ../nbs/11_training.ipynb #f3696f70
 def _train_to_an_end(run: Run, stop: StopRequest, bar: tqdm) -> TrainResult:
     "Advance, and write down how it ended."
     try:
         try: advance(run, stop, bar)
         finally: finish_saving(run)
-    except Diverged as error: return _end(run, "diverged", str(error))
+    except Diverged as error:
+        _keep_good_checkpoints(run)
+        return _end(run, "diverged", str(error))
     except BaseException as error:
         _end(run, "interrupted", f"{type(error).__name__}: {error}")
         if isinstance(error, torch.OutOfMemoryError): raise _out_of_memory(run) from error

@@ -404,6 +404,30 @@ def test_resume_refuses_other_data_and_allows_the_same_data_elsewhere(config, tm
     with pytest.raises(ValueError, match="data"): run(replace(config, train_tokens=config.valid_tokens), resume=True)
 
 
+def test_resume_notices_a_token_file_that_was_changed_in_place(config, tmp_path, data):
+    for name in "train.npy", "train.json": (tmp_path / name).write_bytes((data / name).read_bytes())
+    config = replace(config, train_tokens=tmp_path / "train.npy")
+    run(config)
+    ids = np.load(tmp_path / "train.npy")
+    ids[len(ids) // 2] = ids[len(ids) // 2] ^ 1
+    np.save(tmp_path / "train.npy", ids)
+    with pytest.raises(ValueError, match=r"data\.train\.sample"): run(config, resume=True)
+    ids[5] = 999
+    np.save(tmp_path / "train.npy", ids)
+    with pytest.raises(ValueError, match="train.npy holds the id 999"): run(replace(config, name="new"))
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(config, monkeypatch):
+    with at_step(12, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): result = run(config)
+    state = torch.load(result.checkpoint, weights_only=True)
+    for key in "watch", "good_step": del state[key]
+    for split in state["data"].values(): del split["sample"]
+    for key in "graph", "micro_batch": del state["config"][key]
+    for group in state["optimizer"]["param_groups"]: del group["capturable"]
+    torch.save(state, result.checkpoint)
+    assert run(config, resume=True).status == "finished"
+
+
 # Refusals
 
 def refusals(data, tmp):
@@ -523,8 +547,9 @@ def test_evaluation_is_the_definition(data, batch_size, rows):
 def test_the_log_keeps_its_contract(config):
     result = run(config)
     header, *middle, end = records(result)
-    assert list(header) == ["kind", "schema", "name", "config", "corpus", "tokenizer", "tokens", "parameters", "device", "versions",
-                            "commit", "started"]
+    assert list(header) == ["kind", "schema", "name", "config", "corpus", "tokenizer", "tokens", "parameters", "device", "divergence",
+                            "versions", "commit", "started"]
+    assert header["divergence"] == {"nats": 1.0, "steps": 10}
     assert set(header["corpus"]) >= {"name", "bytes", "documents", "sha256"}
     assert set(header["tokenizer"]) == {"vocab_size", "sha256", "trained_on"} and set(header["tokens"]) == {"train", "valid"}
     assert header["parameters"] == sum(p.numel() for p in TransformerLM(TINY).parameters())
@@ -577,6 +602,48 @@ def test_a_learning_rate_far_too_high_diverges(config):
     assert result.status == "diverged" and "max_lr" in result.reason
 
 
+def high_rate_at(step, monkeypatch):
+    "From this step on the losses are seven nats higher, though still numbers."
+    plain = training.next_step
+    def step_and_raise(run):
+        plain(run)
+        if run.step >= step: run.pending[-1][0] += 7
+    monkeypatch.setattr(training, "next_step", step_and_raise)
+
+
+def test_a_run_whose_loss_stays_high_is_stopped_and_its_last_good_checkpoint_is_the_newest(config, monkeypatch):
+    "The loss jumps at step 33 of 60. Checkpoints of 35 and 40 are written on the way and would have pushed out that of 30."
+    config = replace(config, steps=60, checkpoint_every=5, keep_checkpoints=1)
+    high_rate_at(33, monkeypatch)
+    result = run(config)
+    assert result.status == "diverged" and "at best" in result.reason and 33 < result.step < 50
+    assert result.checkpoint.name == "step-0000030.pt" == list_checkpoints(result.folder)[0].name
+    assert records(result)[-1]["status"] == "diverged"
+    again = run(config, resume=True)
+    assert (again.status, again.reason, again.checkpoint) == ("diverged", result.reason, result.checkpoint)
+
+
+def test_a_diverging_run_that_is_interrupted_decides_as_if_it_had_not_been(config, monkeypatch):
+    config = replace(config, steps=60)
+    high_rate_at(33, monkeypatch)
+    whole = run(config)
+    with at_step(36, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(replace(config, name="other"))
+    other = run(replace(config, name="other"), resume=True)
+    assert other.reason == whole.reason and other.checkpoint.name == whole.checkpoint.name
+
+
+@given(st.lists(st.floats(0.1, 12), min_size=1, max_size=80), st.integers(10, 20), st.integers(0, 80))
+@settings(max_examples=60, deadline=None)
+def test_divergence_is_its_definition(losses, window, cut):
+    watch = training.LossWatch(window)
+    for i, loss in enumerate(losses, 1):
+        if i == cut: watch = training.restored_watch(window, json.loads(json.dumps(training.watch_state(watch))))
+        watch.add(loss)
+        means = [np.mean(losses[k - window:k]) for k in range(window, i + 1)]
+        if means and abs(means[-1] - min(means) - 1) > 1e-6: assert watch.has_diverged() == (means[-1] > min(means) + 1)
+        if not means: assert not watch.has_diverged()
+
+
 def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(config, monkeypatch):
     plain = torch.save
     def full(state, file):
@@ -588,6 +655,13 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(config, monkeypa
     assert [p.name for p in list_checkpoints(config.runs_dir + "/run")] == ["step-0000010.pt", "step-0000005.pt"]
     assert not list((list_checkpoints(config.runs_dir + "/run")[0].parent).glob("*.tmp"))
     assert run(config, resume=True).status == "finished"
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_noticed_before_the_run(config, monkeypatch):
+    usage = training.shutil.disk_usage("/")
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage._replace(free=200_000))
+    with pytest.raises(OSError, match="keep_checkpoints"): run(config)
+    assert not Path(config.runs_dir).exists()
 
 
 def test_load_model(config, tmp_path):
