@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .layers import CausalMultiHeadSelfAttention, causal_mask, rotate_pairs
 from .optimization import cross_entropy
-from .transformer import TransformerLM
+from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
 __all__ = ['attention_forward_clear', 'attention_backward_clear', 'linear_cross_entropy_clear', 'attention_op',
@@ -309,9 +309,8 @@ def fused_training_loss(model: TransformerLM, inputs: Tensor, targets: Tensor, i
     return linear_cross_entropy_op(hidden.to(dtype), model.lm_head.weight.to(dtype), targets.flatten(), ignore_index)[0]
 
 # %% ../nbs/09b_kernels.ipynb #f7d40ea6
-def kernels_fit(model: TransformerLM, device: torch.device, precision: str) -> bool:
+def kernels_fit(config: ModelConfig, device: torch.device, precision: str) -> bool:
     "Whether the kernels run there: CUDA with Triton, bf16 products, heads 16, 32, 64 or 128 wide, default attention."
-    config = model.config
     return (triton is not None and device.type == "cuda" and precision == "bf16" and config.attention == "sdpa"
             and config.d_head in (16, 32, 64, 128))
 
