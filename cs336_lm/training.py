@@ -175,7 +175,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA, else fp32
     compile: Literal["auto", "off", "inductor", "aot_eager"] = "auto"  # auto: inductor on CUDA, off on CPU
     graph: Literal["auto", "on", "off"] = "auto"  # record the step as a CUDA graph; auto: on CUDA, if compiled
-    kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's kernels, residual stream in bf16; auto: where they fit
+    kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's, and the residual stream in bf16; auto: if they fit
     runs_dir: str = "runs"  # where run folders go
 
     def __post_init__(self) -> None: _check_config(self)
@@ -262,8 +262,9 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
     graph = config.graph if config.graph != "auto" else "on" if device.type == "cuda" and compile != "off" else "off"
     if graph == "on" and device.type != "cuda": raise ValueError("graph 'on' exists on CUDA only; use 'auto' or 'off'")
     fit = kernels_fit(config.model, device, precision)
-    if config.kernels == "on" and not fit: raise ValueError("kernels 'on' needs CUDA, Triton, bf16 and heads 16 to 128 wide; use 'auto'")
     kernels = config.kernels if config.kernels != "auto" else "on" if fit else "off"
+    if kernels == "on" and not fit:
+        raise ValueError("kernels 'on' needs CUDA, Triton, bf16 and heads of 16 to 128; use 'auto' or 'off'")
     return replace(config, device=str(device), precision=precision, compile=compile, graph=graph, kernels=kernels)
 
 # %% ../nbs/11_training.ipynb #a6a93d48
@@ -959,8 +960,8 @@ def _random(device: torch.device) -> dict[str, Tensor]:
 # %% ../nbs/11_training.ipynb #5ca1b09d
 # Settings that a resumed run may change, as they leave the weights alone. Data and tokenizer are compared by content.
 FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_every", "eval_batch_size",
-                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph", "micro_batch",
-                  "runs_dir"}
+                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph",
+                  "micro_batch", "runs_dir"}
 
 
 def _flat(nested: dict, prefix: str = "") -> dict:
