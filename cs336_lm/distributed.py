@@ -5,7 +5,7 @@
 # %% ../nbs/10b_distributed.ipynb #68dd32f6
 from __future__ import annotations
 
-import math, os, pickle, shutil, sys, time, zipfile, zlib
+import inspect, os, pickle, shutil, sys, time, warnings, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ __all__ = ['RANK_VARIABLES', 'T', 'STRATEGIES', 'SHARDS_SCHEMA', 'INDEX_NAMES', 
            'failure_line', 'processes', 'rank_slice', 'sum_over_ranks', 'mean_over_ranks', 'target_share', 'any_rank',
            'on_rank_0', 'deal_batches', 'shard_model', 'distribute_model', 'bare_model', 'gradients_stay_local',
            'own_rows', 'clip_gradients_over_ranks', 'save_shards', 'read_shards', 'load_shards', 'numbered_state',
-           'merge_shards', 'spread_state', 'named_state', 'gather_state']
+           'merge_shards', 'spread_state', 'named_state', 'gather_state', 'unit_parameters', 'activation_bytes',
+           'rank_bytes', 'sent_bytes', 'Cluster', 'Plan', 'plan_step']
 
 # %% ../nbs/10b_distributed.ipynb #af75fbf4
 @dataclass(frozen=True)
@@ -212,8 +213,9 @@ def shard_model(model: nn.Module, world: World, precision: str = "fp32", reshard
     `precision` "bf16": weights are gathered and used in bfloat16, gradients are added in float32. `reshard=False`
     keeps gathered weights from forward to backward: faster, and less is sent, but more is held (stage 2).
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = dist.device_mesh.init_device_mesh(torch.device(world.device).type, (world.size,))
+    mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     for block in [part for part in model.modules() if isinstance(part, TransformerBlock)]:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -231,9 +233,15 @@ def distribute_model(model: nn.Module, world: World, strategy: str = "ddp", prec
     if strategy not in STRATEGIES: raise ValueError(f"strategy is {strategy!r}, but must be one of {STRATEGIES}")
     if world.size == 1: return model
     if strategy == "fsdp": return shard_model(model, world, precision)
-    device = torch.device(world.device)
-    return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index],
-                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+    return _ddp(model, torch.device(world.device))
+
+
+def _ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
+    "DDP without sending buffers in each step (ours are constant tables), gradients kept in its buckets."
+    DDP = nn.parallel.DistributedDataParallel
+    new_name = "forward_sync_buffers" in inspect.signature(DDP).parameters  # PyTorch 2.13 renames the argument
+    settings = {"forward_sync_buffers" if new_name else "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    return DDP(model, device_ids=None if device.type == "cpu" else [device.index], **settings)
 
 # %% ../nbs/10b_distributed.ipynb #28ae8871
 def bare_model(model: nn.Module) -> nn.Module:
@@ -254,7 +262,10 @@ def gradients_stay_local(model: nn.Module, stay: bool = True) -> Iterator[None]:
 # %% ../nbs/10b_distributed.ipynb #3db9f0e4
 def own_rows(tensor: Tensor) -> Tensor:
     "The rows of a sharded tensor that this rank holds, as a plain tensor on the same memory; others as they are."
-    return tensor.to_local() if isinstance(tensor, dist.tensor.DTensor) else tensor
+    return tensor.to_local() if _is_sharded(tensor) else tensor
+
+
+def _is_sharded(tensor: Tensor) -> bool: return hasattr(tensor, "to_local")  # a DTensor; its module loads slowly
 
 # %% ../nbs/10b_distributed.ipynb #9dd027c5
 @torch.no_grad()
@@ -262,7 +273,7 @@ def clip_gradients_over_ranks(parameters: Iterable[Tensor], max_norm: float, eps
     "`clip_gradients`, also where gradients are shards: scaled in place by the norm of all; that norm, a plain scalar."
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not any(isinstance(g, dist.tensor.DTensor) for g in grads): return clip_gradients(parameters, max_norm, eps)
+    if not any(map(_is_sharded, grads)): return clip_gradients(parameters, max_norm, eps)
     shards = [own_rows(g) for g in grads]
     norm = sum_over_ranks(torch.stack(torch._foreach_norm([s.float() for s in shards])).square().sum()).sqrt()
     scale = torch.where((norm > max_norm) & norm.isfinite(), max_norm / (norm + eps), 1.0)
@@ -292,7 +303,7 @@ def save_shards(folder: str | os.PathLike, model: nn.Module, optimizer: torch.op
     folder = Path(folder)
     aside = on_rank_0(lambda: _make_aside(folder))
     try:
-        with _failures_of_ranks(folder): groups = _write_tensors(aside, model, optimizer)
+        with _calling_dcp(folder): groups = _write_tensors(aside, model, optimizer)
         files = _merged(_describe_files(aside))
         state = {"shards_schema": SHARDS_SCHEMA, "iteration": int(iteration), "param_groups": groups, **extra}
         on_rank_0(lambda: _finish(aside, folder, state | {"files": files}))
@@ -302,10 +313,13 @@ def save_shards(folder: str | os.PathLike, model: nn.Module, optimizer: torch.op
 
 
 @contextmanager
-def _failures_of_ranks(folder: Path) -> Iterator[None]:
-    "DCP tells all ranks of a failure with a page of traces, and not as an `Exception`: here it becomes a line."
+def _calling_dcp(folder: Path) -> Iterator[None]:
+    "DCP tells of a rank's failure in a page of traces, by no `Exception`; here it is a line. Alone it may be silent."
     from torch.distributed.checkpoint.api import CheckpointException
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         kind = OSError if isinstance(cause, OSError) else RuntimeError
@@ -455,7 +469,7 @@ def load_shards(folder: str | os.PathLike, model: nn.Module, optimizer: torch.op
     weights, optimizer_state = _named_state(model, optimizer)
     entries = _flat(weights, optimizer_state["state"])
     _check_shapes(folder, entries)
-    with _failures_of_ranks(folder):
+    with _calling_dcp(folder):
         dcp.load(entries, storage_reader=_shards_reader(folder), no_dist=not dist.is_initialized())
     moments = {name: {key: entries[f"optimizer.{key}.{name}"] for key in own}
                for name, own in optimizer_state["state"].items()}
@@ -490,7 +504,7 @@ def merge_shards(folder: str | os.PathLike, out: str | os.PathLike) -> None:
     import torch.distributed.checkpoint as dcp
     state, index = read_shards(folder), _read_index(Path(folder)).state_dict_metadata
     entries = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in index.items()}
-    dcp.load(entries, storage_reader=_shards_reader(Path(folder)), no_dist=True)
+    with _calling_dcp(Path(folder)): dcp.load(entries, storage_reader=_shards_reader(Path(folder)), no_dist=True)
     weights, moments = _unflatten(entries)
     extra = {key: value for key, value in state.items() if key not in ("files", "param_groups", "shards_schema")}
     with write_aside(out) as file:
@@ -534,3 +548,102 @@ def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     weights, optimizer_state = _named_state(model, optimizer, full_state_dict=True, cpu_offload=True)
     if dist.is_initialized() and dist.get_rank(): return {}
     return {"model": weights, "optimizer": numbered_state(optimizer_state["state"], optimizer_state["param_groups"])}
+
+# %% ../nbs/10b_distributed.ipynb #d54c855b
+def unit_parameters(config: ModelConfig) -> tuple[int, int]:
+    "Parameters of one block, and of what is outside the blocks: the units that `shard_model` gathers."
+    counts = count_parameters(config)
+    norms = 0 if config.norm == "none" else 2 * config.d_model
+    block = (counts["attention"] + counts["feed_forward"]) // config.num_layers + norms
+    return block, sum(counts.values()) - config.num_layers * block
+
+# %% ../nbs/10b_distributed.ipynb #de2661e3
+def activation_bytes(config: ModelConfig, rows: int, compute_bytes: int = 2) -> int:
+    "Bytes of activations that `rows` rows keep for backward, fused attention; the loss and its logits in float32."
+    numbers = activation_numbers(config, rows)
+    squares = ("scores", "softmax") if config.attention == "sdpa" else ()
+    wide = numbers.pop("cross-entropy") * 4
+    return wide + compute_bytes * sum(count for name, count in numbers.items() if name not in squares)
+
+# %% ../nbs/10b_distributed.ipynb #4c119326
+def rank_bytes(config: ModelConfig, ranks: int, stage: int, rows: int, compute_bytes: int = 2) -> dict[str, float]:
+    """Bytes that one of `ranks` ranks holds in training on `rows` rows at once, by part; `stage` is ZeRO's, 0 to 3.
+
+    `compute_bytes` 2: products in bfloat16; 4: in float32, without a second copy of the weights. ValueError for
+    another stage. Source: Rajbhandari et al., 2020, and the derivation above.
+    """
+    if stage not in (0, 1, 2, 3): raise ValueError(f"stage must be 0, 1, 2 or 3, but is {stage!r}")
+    memory = memory_bytes(config)
+    first_sharded_at = {"parameters": 3, "gradients": 2, "optimizer_state": 1}
+    held = {part: memory[part] / (ranks if stage >= first else 1) for part, first in first_sharded_at.items()}
+    block, rest = unit_parameters(config)
+    copy = 3 * block + 2 * rest if stage == 3 else sum(count_parameters(config).values()) * (compute_bytes != 4)
+    return held | {"compute_copy": compute_bytes * copy, "activations": activation_bytes(config, rows, compute_bytes)}
+
+# %% ../nbs/10b_distributed.ipynb #3b7adefe
+def sent_bytes(config: ModelConfig, ranks: int, stage: int, micro_steps: int = 1, compute_bytes: int = 2) -> dict[str, float]:
+    "Bytes that one rank sends in a step of `micro_steps` micro-batches, by collective; gradients travel as float32."
+    block, rest = unit_parameters(config)
+    whole, turn = config.num_layers * block + rest, (ranks - 1) / ranks
+    if stage == 0: return {"all_reduce": 2 * turn * 4 * whole}
+    scattered = turn * 4 * whole * (micro_steps if stage > 1 else 1)
+    if stage < 3: return {"reduce_scatter": scattered, "all_gather": turn * compute_bytes * whole}
+    gathered = turn * compute_bytes * (2 * config.num_layers * block + rest) * micro_steps
+    return {"reduce_scatter": scattered, "all_gather": gathered}
+
+# %% ../nbs/10b_distributed.ipynb #ad38a63e
+@dataclass(frozen=True)
+class Cluster:
+    "GPUs and the rates and sizes that a plan takes for granted."
+    gpus: int
+    card: Card = Card("H100 SXM, bfloat16", 989e12, 3.35e12)
+    memory: float = 80e9  # bytes of a GPU
+    usable: float = 0.9  # share of it for tensors: the rest is the allocator's, CUDA's and NCCL's
+    host_gpus: int = 8  # GPUs of one machine
+    link_within: float = 450e9  # bytes a second that a GPU sends within a machine (NVLink 4, by the data sheet)
+    link_across: float = 50e9  # bytes a second that a GPU sends to another machine (400 Gbit/s)
+    link_share: float = 0.7  # share of the link's rate that a collective reaches
+    utilisation: float = 0.4  # share of the card's rate that the products reach
+
+    @property
+    def bytes_per_second(self) -> float:
+        "The rate of a ring over all GPUs: that of its slowest link."
+        return self.link_share * (self.link_within if self.gpus <= self.host_gpus else self.link_across)
+
+# %% ../nbs/10b_distributed.ipynb #89c7e8a6
+@dataclass(frozen=True)
+class Plan:
+    "How a step would run on a cluster. Bytes by part, seconds a step."
+    cluster: Cluster
+    stage: int
+    tokens: int  # of a step, all ranks
+    micro_batch: int  # rows a rank takes at once
+    micro_steps: int  # times a rank does so in a step
+    held: dict[str, float]
+    sent: dict[str, float]
+    compute_seconds: float
+    sending_seconds: float
+
+    @property
+    def step_seconds(self) -> tuple[float, float]:
+        "If sending hides behind computing, and if it does not at all."
+        return max(self.compute_seconds, self.sending_seconds), self.compute_seconds + self.sending_seconds
+
+# %% ../nbs/10b_distributed.ipynb #b1aab6e9
+def plan_step(config: ModelConfig, cluster: Cluster, stage: int, batch_size: int, compute_bytes: int = 2) -> Plan:
+    """The plan with the largest micro-batch that fits, for `batch_size` rows over all GPUs.
+
+    ValueError where the GPUs do not divide the batch, or not even one row fits.
+    """
+    n = cluster.gpus
+    rows = rank_slice(batch_size, World(0, n)).stop
+    fits = lambda b: sum(rank_bytes(config, n, stage, b, compute_bytes).values()) <= cluster.usable * cluster.memory
+    micro = next((b for b in range(rows, 0, -1) if rows % b == 0 and fits(b)), None)
+    if micro is None: raise ValueError(f"stage {stage} on {n} GPUs: one row needs "
+                                       f"{sum(rank_bytes(config, n, stage, 1, compute_bytes).values()) / 1e9:.0f} GB, "
+                                       f"but a GPU has {cluster.memory / 1e9:.0f}; take a higher stage or more GPUs")
+    sent = sent_bytes(config, n, stage, rows // micro, compute_bytes)
+    rate = n * cluster.utilisation * cluster.card.flops_per_second
+    return Plan(cluster, stage, batch_size * config.context_length, micro, rows // micro,
+                rank_bytes(config, n, stage, micro, compute_bytes), sent,
+                sum(training_flops(config, batch_size).values()) / rate, sum(sent.values()) / cluster.bytes_per_second)

@@ -3,6 +3,7 @@ import json, os, signal, sys
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cs336_lm import distributed as d
 from cs336_lm.dataset import IGNORE_INDEX
@@ -11,6 +12,7 @@ from cs336_lm.transformer import ModelConfig, TransformerLM
 
 CONFIG = ModelConfig(vocab_size=65, context_length=12, d_model=32, num_layers=2, num_heads=2, d_ff=48)  # 65 rows: shards differ
 TIED = ModelConfig(vocab_size=65, context_length=12, d_model=32, num_layers=2, num_heads=2, d_ff=48, tied_embeddings=True)
+EVEN = ModelConfig(vocab_size=64, context_length=12, d_model=32, num_layers=2, num_heads=2, d_ff=48)  # no shard is padded
 BATCH, STEPS, SAVED = 8, 6, 3
 
 
@@ -80,7 +82,7 @@ def failures(world: d.World, folder: Path) -> dict:
     def broken(): raise ValueError("no such file")
     try: d.on_rank_0(broken)
     except Exception as error: seen["on_rank_0"] = f"{type(error).__name__}: {error}"
-    model, _ = (m := d.shard_model(fresh(), world)), None
+    model = d.shard_model(fresh(), world)
     optimizer = adamw(model)
     d.save_shards(folder / "hurt", model, optimizer, 1)
     if world.writes:
@@ -103,6 +105,36 @@ def failures(world: d.World, folder: Path) -> dict:
     torch.distributed.barrier()
     seen["left"] = sorted(p.name for p in folder.iterdir() if "full" in p.name)
     return seen
+
+
+class Counter(TorchDispatchMode):
+    "Bytes of the whole tensor in every all-gather and reduce-scatter that is really called."
+    NAMES = {"_allgather_base_": ("all_gather", 0), "_reduce_scatter_base_": ("reduce_scatter", 1)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if found := self.NAMES.get(function.overloadpacket.__name__):
+            kind, whole = found
+            self.seen[kind] = self.seen.get(kind, 0) + args[whole].numel() * args[whole].element_size()
+        return function(*args, **(kwargs or {}))
+
+
+def sent(world: d.World) -> dict:
+    "Bytes that a rank sends in one step, by a ring's count."
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    turn, ids = (world.size - 1) / world.size, batch(1)[0] % 64
+    model = d.shard_model(fresh(EVEN), world)
+    with Counter() as counter: cross_entropy(model(ids), ids).backward()
+    model, buckets = d.distribute_model(fresh(EVEN), world, "ddp"), []
+    def hook(_, bucket):
+        buckets.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        return allreduce_hook(None, bucket)
+    model.register_comm_hook(None, hook)
+    cross_entropy(model(ids), ids).backward()
+    return {"fsdp": {kind: turn * size for kind, size in counter.seen.items()}, "ddp": {"all_reduce": 2 * turn * sum(buckets)}}
 
 
 def checks(world: d.World, folder: Path) -> dict:
@@ -149,6 +181,7 @@ def checks(world: d.World, folder: Path) -> dict:
     d.save_shards(folder / "tied", tied, tied_optimizer, SAVED)
     d.load_shards(folder / "tied", tied, tied_optimizer)
     found["tied"] += steps(tied, tied_optimizer, world, SAVED + 1, STEPS)
+    found["sent"] = sent(world)
     found["votes"] = [d.any_rank(world.rank == 1), d.any_rank(False)]
     return found
 
