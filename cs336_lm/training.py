@@ -5,7 +5,7 @@
 # %% ../nbs/11_training.ipynb #5d6d4c85
 from __future__ import annotations
 
-import hashlib, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
+import hashlib, io, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cs336_lm
-from .accounting import activation_numbers, count_parameters, flops_per_token
+from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
+from .distributed import rank_bytes
 from .kernels import fused_training_loss, kernels_fit, use_kernels
 from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
                                    token_losses)
@@ -38,11 +39,12 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE'
            'config_from_dict', 'load_config', 'pick_device', 'resolve_config', 'float32_products', 'autocast',
            'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
            'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'evaluate',
-           'network_norms', 'Clock', 'Run', 'TrainStep', 'GraphedStep', 'TrainParts', 'build_run', 'learning_rate',
-           'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged', 'LossWatch', 'divergence_window',
-           'watch_state', 'restored_watch', 'receive', 'settle', 'append_log', 'log_step', 'list_checkpoints',
-           'step_of', 'save_run', 'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation',
-           'advance', 'TrainResult', 'train', 'train_many', 'load_model']
+           'network_norms', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory', 'TrainStep', 'GraphedStep',
+           'TrainParts', 'build_run', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send',
+           'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
+           'append_log', 'log_step', 'list_checkpoints', 'step_of', 'save_run', 'finish_saving', 'newest_checkpoint',
+           'open_run', 'StopRequest', 'record_evaluation', 'advance', 'TrainResult', 'train', 'summary_writer',
+           'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -156,7 +158,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()  # the network
     rows: Literal["stream", "documents"] = "stream"  # rows cut anywhere, or one document a row from its beginning
     batch_size: int = 256  # rows a step
-    micro_batch: int | None = None  # rows at once, their gradients added up; saves memory alone; default: all
+    micro_batch: int = 0  # rows at once, their gradients added up: saves memory; 0: all
     steps: int = 5_000  # optimizer steps; they end the run and the learning rate's cycle
     max_lr: float = 3e-3  # learning rate after the warmup
     min_lr: float = 3e-4  # learning rate of the last step
@@ -176,6 +178,8 @@ class TrainConfig:
     compile: Literal["auto", "off", "inductor", "aot_eager"] = "auto"  # auto: inductor on CUDA, off on CPU
     graph: Literal["auto", "on", "off"] = "auto"  # record the step as a CUDA graph; auto: on CUDA, if compiled
     kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's, and the residual stream in bf16; auto: if they fit
+    memory_gb: float = 0.0  # memory to plan for, in GB; 0: what the GPU has free, and no plan on a CPU
+    tensorboard: bool = False  # write TensorBoard's files too (needs the extra cs336_lm[tensorboard])
     runs_dir: str = "runs"  # where run folders go
 
     def __post_init__(self) -> None: _check_config(self)
@@ -189,15 +193,14 @@ _RULES = [
     ("name", lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.+=-]*", v),
      "letters, digits and . _ + = - only, as it names a folder"),
     ("batch_size steps eval_batch_size keep_checkpoints log_every", _whole(1), "a whole number of at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every", _whole(0), "a whole number of at least 0"),
+    ("warmup_steps seed eval_every checkpoint_every micro_batch", _whole(0), "a whole number of at least 0"),
     ("max_lr max_grad_norm eps", _real(lambda v: v > 0), "above 0"),
-    ("min_lr weight_decay", _real(lambda v: v >= 0), "at least 0"),
+    ("min_lr weight_decay memory_gb", _real(lambda v: v >= 0), "at least 0"),
     ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     ("rows", ("stream", "documents").__contains__, "'stream' or 'documents'"),
     ("precision", ("auto", "fp32", "tf32", "bf16").__contains__, "'auto', 'fp32', 'tf32' or 'bf16'"),
     ("compile", ("auto", "off", "inductor", "aot_eager").__contains__, "'auto', 'off', 'inductor' or 'aot_eager'"),
     ("graph kernels", ("auto", "on", "off").__contains__, "'auto', 'on' or 'off'"),
-    ("micro_batch", lambda v: v is None or _whole(1)(v), "a whole number of at least 1"),
 ]
 
 # %% ../nbs/11_training.ipynb #82445444
@@ -457,9 +460,9 @@ def batch_source(rows: TokenRows | DeviceRows, config: TrainConfig, device: torc
     return lambda step: to_device(ahead(step), device)
 
 
-def fits_device(tokens: np.ndarray, device: torch.device) -> bool:
-    "Whether the tokens take at most a quarter of what the GPU has free. Never on a device other than CUDA."
-    return device.type == "cuda" and 4 * tokens.nbytes <= torch.cuda.mem_get_info(device)[0]
+def fits_device(tokens: np.ndarray, device: torch.device, planned: int) -> bool:
+    "Whether a GPU has room for the tokens beside `planned` bytes. Never on another device."
+    return device.type == "cuda" and tokens.nbytes + planned <= free_bytes(device)
 
 # %% ../nbs/11_training.ipynb #64b9a5e3
 def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -597,14 +600,45 @@ def _open_data(config: TrainConfig) -> tuple[Tokenizer | None, TokenRows, TokenR
         raise ValueError(f"{config.train_tokens} and {config.valid_tokens} have different tokenizers; encode one again")
     return tokenizer, train_rows, valid_rows
 
+# %% ../nbs/11_training.ipynb #4dde9353
+def planned_bytes(config: TrainConfig, rows: int | None = None) -> int:
+    "Bytes that a resolved run needs at most, with `rows` rows (default: as configured) at once."
+    rows = rows or config.micro_batch or config.batch_size
+    number, model = (2 if config.precision == "bf16" else 4), config.model
+    held = rank_bytes(model, 1, 0, rows, number)
+    logits = model.context_length * model.vocab_size
+    held["activations"] -= 4 * rows * logits * (config.kernels == "on")
+    evaluation = config.eval_batch_size * logits * (number + 8)  # the logits, their float32 copy, and an exponential
+    return int(sum(held.values()) - held["activations"] + max(held["activations"], evaluation))
+
+# %% ../nbs/11_training.ipynb #d78139e4
+def free_bytes(device: torch.device) -> int | None:
+    "Bytes that tensors can still take on a GPU; None for other devices."
+    if device.type != "cuda": return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def check_memory(config: TrainConfig) -> None:
+    "`ValueError` where a resolved run plans more than there is, with the largest batch and micro-batch that fit."
+    capacity = 1e9 * config.memory_gb or free_bytes(torch.device(config.device))
+    if capacity is None or (needed := planned_bytes(config)) <= capacity: return
+    fits = lambda rows: planned_bytes(config, rows) <= capacity
+    largest = next((rows for rows in range(config.batch_size, 0, -1) if fits(rows)), 0)
+    parts = next((rows for rows in range(largest, 0, -1) if config.batch_size % rows == 0), 0)
+    remedy = (f"take --batch-size {largest}, or keep the batch and take --micro-batch {parts}" if largest else
+              f"not even one row fits beside eval_batch_size {config.eval_batch_size}; take a smaller model or context")
+    raise ValueError(f"batch_size {config.batch_size} needs up to {needed / 1e9:.2f} GB with {config.micro_batch or 'all'} "
+                     f"rows at once, but {config.device} has {capacity / 1e9:.2f} GB; {remedy}")
+
 # %% ../nbs/11_training.ipynb #5af151ca
 class TrainStep:
     """One optimizer step on a batch. Its loss (mean nats a target) and gradient norm are tensors on the device.
 
-    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows are worked on at once; with `graph` the
+    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with `graph` the
     whole step is a `GraphedStep`. Nothing in it waits for the device."""
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
-                 precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int | None = None,
+                 precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int = 0,
                  graph: bool = False) -> None:
         self.model, self.optimizer, self.loss_function = model, optimizer, loss_function or training_loss
         self.precision, self.max_grad_norm, self.micro_batch = precision, max_grad_norm, micro_batch
@@ -702,13 +736,14 @@ class TrainParts:
         for old, new in zip(self.model.parameters(), fresh.parameters(), strict=True): old.copy_(new)
         self.model.zero_grad()
 
-    def rows(self, rows: TokenRows, device: torch.device) -> TokenRows | DeviceRows:
+    def rows(self, rows: TokenRows, config: TrainConfig) -> TokenRows | DeviceRows:
         "The rows with their tokens on the device, if there is room."
+        device = torch.device(config.device)
         about = os.stat(rows.file.path)
         key = (str(rows.file.path), about.st_size, about.st_mtime_ns, rows.context_length, rows.separator_id)
         if key not in self.tokens:
             self.tokens.clear()
-            if not fits_device(rows.tokens, device): return rows
+            if not fits_device(rows.tokens, device, planned_bytes(config)): return rows
             self.tokens[key] = DeviceRows(rows, device)
         return self.tokens[key]
 
@@ -724,7 +759,7 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None) -> Run:
     train_step = TrainStep(parts.model, optimizer, parts.loss_function, precision=config.precision,
                            max_grad_norm=config.max_grad_norm, micro_batch=config.micro_batch,
                            graph=config.graph == "on")
-    batch = batch_source(parts.rows(train_rows, device), config, device)
+    batch = batch_source(parts.rows(train_rows, config), config, device)
     return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, parts.model, optimizer,
                batch, train_step, parts.evaluation_function, _data(train_rows, valid_rows),
                LossWatch(divergence_window(config.steps)))
@@ -961,7 +996,7 @@ def _random(device: torch.device) -> dict[str, Tensor]:
 # Settings that a resumed run may change, as they leave the weights alone. Data and tokenizer are compared by content.
 FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_every", "eval_batch_size",
                   "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph",
-                  "micro_batch", "runs_dir"}
+                  "micro_batch", "memory_gb", "tensorboard", "runs_dir"}
 
 
 def _flat(nested: dict, prefix: str = "") -> dict:
@@ -1053,7 +1088,10 @@ def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None 
     if resume and not folder.is_dir(): raise FileNotFoundError(f"no run to resume in {folder}; start it without resume")
     found = newest_checkpoint(folder) if resume else None
     if found and asked.precision == "auto": asked = replace(asked, precision=found[1]["config"]["precision"])
-    run = build_run(resolve_config(asked), parts)
+    resolved = resolve_config(asked)
+    check_memory(resolved)
+    if resolved.tensorboard: summary_writer()  # that it is installed shall be known now
+    run = build_run(resolved, parts)
     _check_disk(run)
     if resume: _take_up(run, found)
     _fill_folder(run, asked)
@@ -1186,6 +1224,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, p
         with (float32_products(run.config.precision), StopRequest() as stop,
               _bar(progress, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
             run.listeners = [partial(_show, bar), *([on_record] if on_record else [])]
+            if run.config.tensorboard: run.listeners.append(TensorBoardWriter(run.folder / "tensorboard", run.step))
             return _train_to_an_end(run, stop, bar)
 
 # %% ../nbs/11_training.ipynb #c26071c5
@@ -1193,6 +1232,59 @@ def _show(bar: tqdm, record: dict) -> None:
     if record["kind"] != "step": return
     mfu = f", {record['mfu']:.0%} MFU" if record["mfu"] else ""
     bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}")
+
+# %% ../nbs/11_training.ipynb #b5a84b79
+def summary_writer() -> type:
+    "TensorBoard's writer. `ValueError` where it is not installed."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is not installed: pip install 'cs336_lm[tensorboard]', or leave it off") from None
+    return SummaryWriter
+
+
+class TensorBoardWriter:
+    "A listener that writes the numbers of step and eval lines into `folder` for TensorBoard, going on after `step`."
+    def __init__(self, folder: str | os.PathLike, step: int = 0) -> None:
+        self.writer = summary_writer()(str(folder), purge_step=step + 1 if step else None)
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] == "end": self.writer.close()
+        if record["kind"] not in ("step", "eval"): return
+        for name, value in record.items():
+            if name == "block_rms": value = dict(enumerate(value))
+            values = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            for key, number in values.items():
+                if isinstance(number, (int, float)) and key != "step":
+                    self.writer.add_scalar(f"{record['kind']}/{key}", number, record["step"])
+
+# %% ../nbs/11_training.ipynb #e154c937
+class LivePlot:
+    "A listener that draws the losses of a run in a notebook, in place, at most every `seconds`."
+    def __init__(self, seconds: float = 2.0) -> None:
+        try: from IPython.display import Image, display
+        except ImportError: raise ValueError("a live plot needs a notebook (IPython); take the progress bar") from None
+        self.image, self.display, self.seconds = Image, display, seconds
+        self.curves, self.handle, self.drawn = {"step": [], "eval": []}, None, -math.inf
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] in self.curves: self.curves[record["kind"]].append((record["step"], record["loss"]))
+        now = time.monotonic()
+        if record["kind"] != "end" and now < self.drawn + self.seconds: return
+        image, self.drawn = self.image(data=self.picture()), now
+        if self.handle is None: self.handle = self.display(image, display_id=True)
+        else: self.handle.update(image)
+
+    def picture(self) -> bytes:
+        "The curves so far as PNG."
+        from matplotlib.figure import Figure
+        figure, file = Figure(figsize=(6.5, 3.2), layout="constrained"), io.BytesIO()
+        axes = figure.subplots()
+        for kind, style, label in ("step", "-", "training"), ("eval", "o", "validation"):
+            axes.plot(*zip(*self.curves[kind]) if self.curves[kind] else ([], []), style, label=label, markersize=4)
+        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.legend(frameon=False)
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
 
 # %% ../nbs/11_training.ipynb #ed7a9434
 def train_many(configs: Iterable[TrainConfig], *, progress: bool = True) -> Iterator[TrainResult]:
