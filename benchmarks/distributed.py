@@ -74,7 +74,7 @@ def alone_curve(world: d.World, precision: str, rows: int, steps: int) -> list[l
 
 
 def shared_curve(world: d.World, strategy: str, precision: str, rows: int, steps: int) -> list[list[float]]:
-    "The same over all ranks; half way the state goes into a sharded checkpoint and comes back into a new model."
+    "The same over all ranks; on the way the state goes through rank 0 and through a checkpoint into new models."
     model = d.distribute_model(build(SMALL, world.device), world, strategy, precision)
     optimizer, curve = adamw(model), []
     mine = d.rank_slice(rows, world)
@@ -82,23 +82,37 @@ def shared_curve(world: d.World, strategy: str, precision: str, rows: int, steps
         data = tuple(t[mine] for t in batch(SMALL, rows, i, world.device))
         loss, norm = step(model, optimizer, data, d.clip_gradients_over_ranks, world.device, precision, strategy)
         curve.append([d.mean_over_ranks(loss).item(), norm.item()])
+        if i == steps // 4: model, optimizer = through_memory(model, optimizer, world, strategy, precision)
         if i == steps // 2: model, optimizer = through_checkpoint(model, optimizer, world, strategy, precision)
     return curve
 
 
+def emptied(world: d.World, strategy: str, precision: str):
+    "A new model and optimizer; its weights are 0, so that what is not loaded shows."
+    fresh = build(SMALL, world.device)
+    for p in fresh.parameters(): p.data.zero_()
+    fresh = d.distribute_model(fresh, world, strategy, precision)
+    return fresh, adamw(fresh)
+
+
+def through_memory(model, optimizer, world: d.World, strategy: str, precision: str):
+    "Everything gathered on rank 0, as for a single file, and spread again."
+    state, (fresh, fresh_optimizer) = d.gather_state(model, optimizer), emptied(world, strategy, precision)
+    d.spread_state(state, fresh, fresh_optimizer)
+    return fresh, fresh_optimizer
+
+
 def through_checkpoint(model, optimizer, world: d.World, strategy: str, precision: str):
+    "The same by a sharded checkpoint."
     folder = Path(d.on_rank_0(tempfile.mkdtemp))
     d.save_shards(folder / "shards", model, optimizer, 1)
-    with torch.no_grad(): fresh = build(SMALL, world.device).requires_grad_(True)
-    for p in fresh.parameters(): p.data.zero_()  # what is not loaded shows
-    fresh = d.distribute_model(fresh, world, strategy, precision)
-    fresh_optimizer = adamw(fresh)
+    fresh, fresh_optimizer = emptied(world, strategy, precision)
     d.load_shards(folder / "shards", fresh, fresh_optimizer)
     d.on_rank_0(lambda: shutil.rmtree(folder))
     return fresh, fresh_optimizer
 
 
-def compare(world: d.World, steps: int = 20, rows: int = 32) -> dict:
+def compare(world: d.World, steps: int = 12, rows: int = 16) -> dict:
     "Curves in float32 and, on a GPU, in bfloat16, with the largest distance from the reference."
     found = {}
     for precision in ("fp32", "bf16") if world.device != "cpu" else ("fp32",):

@@ -166,6 +166,10 @@ def checks(world: d.World, folder: Path) -> dict:
     d.load_shards(folder / "step-3", to_ddp, to_ddp_optimizer := adamw(to_ddp))
     found["to_ddp"] = steps(to_ddp, to_ddp_optimizer, world, SAVED + 1, STEPS)
 
+    from_one = d.distribute_model(TransformerLM(CONFIG), world, "fsdp")
+    d.load_shards(folder / "one", from_one, from_one_optimizer := adamw(from_one))
+    found["from_one"] = steps(from_one, from_one_optimizer, world, SAVED + 1, STEPS)
+
     gathered = d.gather_state(again, again_optimizer)
     if world.writes: torch.save(gathered, folder / "gathered.pt")
     for kind in ("fsdp", "ddp"):

@@ -29,6 +29,8 @@ def launch(folder: Path, end: str) -> subprocess.CompletedProcess:
 def job(tmp_path_factory):
     "What both ranks found, how the job ended, and its folder."
     folder = tmp_path_factory.mktemp("job")
+    model, optimizer, _ = worker.alone(last=worker.SAVED)
+    d.save_shards(folder / "one", model, optimizer, worker.SAVED)  # by one process, for two
     done = launch(folder, "die")
     files = [folder / f"found-{rank}.json" for rank in (0, 1)]
     assert all(f.exists() for f in files), done.stderr
@@ -67,6 +69,7 @@ def test_sharded_checkpoint_goes_on_exactly(job):
     (found, _), _, _ = job
     assert found["resumed"] == found["fsdp"][worker.SAVED:] and found["resumed_apart"] == 0
     close(found["to_ddp"], found["alone"][worker.SAVED:])
+    close(found["from_one"], found["alone"][worker.SAVED:])
 
 
 def test_single_file_state_to_ranks_and_back(job):
