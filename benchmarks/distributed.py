@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/distributed.py                     GPUs by NCCL (or CPU processes by gloo)
     torchrun --nproc-per-node 2 benchmarks/distributed.py --output runs.json  also write what was measured
     torchrun --nproc-per-node 2 benchmarks/distributed.py --skip-speed        only compare losses
-    torchrun --nproc-per-node 2 benchmarks/distributed.py --compile           blocks (FSDP2) or the model (DDP) compiled
+    torchrun --nproc-per-node 2 benchmarks/distributed.py --compile           blocks (FSDP2) or the loss as a whole (DDP) compiled
 
 The reference runs on rank 0 alone with the whole batch, by chapters 08 and 09 only. Tokens a second count all ranks; the batch
 a rank is the same for one process and for many.
@@ -53,19 +53,21 @@ def autocast(device: str, precision: str, strategy: str):
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def step(model, optimizer, data, clip, device: str, precision: str, strategy: str) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs, targets = data
-    with autocast(device, precision, strategy): loss = cross_entropy(model(inputs), targets)
+def loss_of(model: TransformerLM, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor: return cross_entropy(model(inputs), targets)
+
+
+def step(call: d.ModelCall, optimizer, data, clip, device: str, precision: str, strategy: str, function=loss_of) -> tuple[torch.Tensor, torch.Tensor]:
+    with autocast(device, precision, strategy): loss = call(function, *data)
     optimizer.zero_grad()
     loss.backward()
-    norm = clip(model.parameters(), 1.0)
+    norm = clip(call.parameters(), 1.0)
     optimizer.step()
     return loss.detach(), norm
 
 
 def alone_curve(world: d.World, precision: str, rows: int, steps: int) -> list[list[float]]:
     "Loss and gradient norm of each step on rank 0 with the whole batch."
-    model = build(SMALL, world.device)
+    model = d.ModelCall(build(SMALL, world.device))
     optimizer, curve = adamw(model), []
     for i in range(1, steps + 1):
         loss, norm = step(model, optimizer, batch(SMALL, rows, i, world.device), clip_gradients, world.device, precision, "alone")
@@ -75,7 +77,7 @@ def alone_curve(world: d.World, precision: str, rows: int, steps: int) -> list[l
 
 def shared_curve(world: d.World, strategy: str, precision: str, rows: int, steps: int) -> list[list[float]]:
     "The same over all ranks; on the way the state goes through rank 0 and through a checkpoint into new models."
-    model = d.distribute_model(build(SMALL, world.device), world, strategy, precision)
+    model = d.distribute_model(d.ModelCall(build(SMALL, world.device)), world, strategy, precision)
     optimizer, curve = adamw(model), []
     mine = d.rank_slice(rows, world)
     for i in range(1, steps + 1):
@@ -91,7 +93,7 @@ def emptied(world: d.World, strategy: str, precision: str):
     "A new model and optimizer; its weights are 0, so that what is not loaded shows."
     fresh = build(SMALL, world.device)
     for p in fresh.parameters(): p.data.zero_()
-    fresh = d.distribute_model(fresh, world, strategy, precision)
+    fresh = d.distribute_model(d.ModelCall(fresh), world, strategy, precision)
     return fresh, adamw(fresh)
 
 
@@ -136,18 +138,20 @@ def clear(device: str) -> None:
 
 
 def prepared(config: ModelConfig, world: d.World, strategy: str, precision: str, compiled: bool):
+    "The model ready to train, and the function of it that gives the loss."
     model = build(config, world.device)
     if compiled and strategy == "fsdp":
-        for block in model.layers: block.compile()
-    elif compiled: model.compile()
-    return model if strategy == "alone" else d.distribute_model(model, world, strategy, precision)
+        for block in model.layers: block.compile(dynamic=False)
+    call = d.ModelCall(model)
+    if strategy != "alone": call = d.distribute_model(call, world, strategy, precision)
+    return call, torch.compile(loss_of, dynamic=False) if compiled and strategy != "fsdp" else loss_of
 
 
 def speed(config: ModelConfig, rows: int, world: d.World, strategy: str, precision: str, steps: int, compiled: bool) -> dict:
     "Tokens a second of all ranks, median over windows of steps, and a rank's memory."
     clear(world.device)
     wait = (lambda: torch.cuda.synchronize()) if world.device != "cpu" else (lambda: None)
-    model = prepared(config, world, strategy, precision, compiled)
+    model, function = prepared(config, world, strategy, precision, compiled)
     optimizer = adamw(model, 1e-4)
     clip = clip_gradients if strategy == "alone" else d.clip_gradients_over_ranks
     data = batch(config, rows, world.rank, world.device)
@@ -155,7 +159,7 @@ def speed(config: ModelConfig, rows: int, world: d.World, strategy: str, precisi
     for window in range(4):
         wait()
         since = time.perf_counter()
-        for _ in range(steps): step(model, optimizer, data, clip, world.device, precision, strategy)
+        for _ in range(steps): step(model, optimizer, data, clip, world.device, precision, strategy, function)
         wait()
         seconds.append((time.perf_counter() - since) / steps)
     per_step = statistics.median(seconds[1:])

@@ -27,10 +27,10 @@ from .transformer import ModelConfig, TransformerBlock, TransformerLM
 # %% auto #0
 __all__ = ['T', 'RANK_VARIABLES', 'STRATEGIES', 'SHARDS_SCHEMA', 'INDEX_NAMES', 'World', 'read_world', 'PeerError',
            'failure_line', 'processes', 'rank_slice', 'sum_over_ranks', 'mean_over_ranks', 'target_share', 'any_rank',
-           'on_rank_0', 'deal_batches', 'shard_model', 'distribute_model', 'bare_model', 'gradients_stay_local',
-           'own_rows', 'clip_gradients_over_ranks', 'save_shards', 'read_shards', 'load_shards', 'numbered_state',
-           'merge_shards', 'spread_state', 'named_state', 'gather_state', 'unit_parameters', 'activation_bytes',
-           'rank_bytes', 'sent_bytes', 'Cluster', 'Plan', 'plan_step']
+           'on_rank_0', 'deal_batches', 'shard_model', 'distribute_model', 'ModelCall', 'bare_model',
+           'gradients_stay_local', 'own_rows', 'clip_gradients_over_ranks', 'save_shards', 'read_shards', 'load_shards',
+           'numbered_state', 'merge_shards', 'spread_state', 'named_state', 'gather_state', 'unit_parameters',
+           'activation_bytes', 'rank_bytes', 'sent_bytes', 'Cluster', 'Plan', 'plan_step']
 
 # %% ../nbs/10b_distributed.ipynb #af75fbf4
 @dataclass(frozen=True)
@@ -252,6 +252,15 @@ def _ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataP
     new_name = "forward_sync_buffers" in inspect.signature(DDP).parameters  # PyTorch 2.13 renames the argument
     settings = {"forward_sync_buffers" if new_name else "broadcast_buffers": False, "gradient_as_bucket_view": True}
     return DDP(model, device_ids=None if device.type == "cpu" else [device.index], **settings)
+
+# %% ../nbs/10b_distributed.ipynb #f7e94f69
+class ModelCall(nn.Module):
+    "`call(function, *args)` is `function(model, *args)`, within what DDP or FSDP2 put around a forward pass."
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable, *args): return function(self.model, *args)
 
 # %% ../nbs/10b_distributed.ipynb #28ae8871
 def bare_model(model: nn.Module) -> nn.Module:

@@ -50,7 +50,7 @@ def close(a, b) -> None: np.testing.assert_allclose(a, b, rtol=2e-5)
 
 def test_curves_equal_one_process(job):
     (found, other), _, _ = job
-    for kind in ("ddp", "micro", "fsdp"):
+    for kind in ("ddp", "micro", "fsdp", "call_ddp", "call_fsdp"):
         close(found[kind], found["alone"])
         assert found[kind] == other[kind], "ranks must see the same losses and norms, or they decide differently"
     assert found["ddp_apart"] < 1e-4 and found["fsdp_apart"] < 1e-4
