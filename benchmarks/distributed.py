@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/distributed.py                     GPUs by NCCL (or CPU processes by gloo)
     torchrun --nproc-per-node 2 benchmarks/distributed.py --output runs.json  also write what was measured
     torchrun --nproc-per-node 2 benchmarks/distributed.py --skip-speed        only compare losses
-    torchrun --nproc-per-node 2 benchmarks/distributed.py --compile           blocks (FSDP2) or the model (DDP) compiled
+    torchrun --nproc-per-node 2 benchmarks/distributed.py --compile           blocks (FSDP2) or the loss as a whole (DDP) compiled
 
 The reference runs on rank 0 alone with the whole batch, by chapters 08 and 09 only. Tokens a second count all ranks; the batch
 a rank is the same for one process and for many.
@@ -53,19 +53,21 @@ def autocast(device: str, precision: str, strategy: str):
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def step(model, optimizer, data, clip, device: str, precision: str, strategy: str) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs, targets = data
-    with autocast(device, precision, strategy): loss = cross_entropy(model(inputs), targets)
+def loss_of(model: TransformerLM, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor: return cross_entropy(model(inputs), targets)
+
+
+def step(call: d.ModelCall, optimizer, data, clip, device: str, precision: str, strategy: str, function=loss_of) -> tuple[torch.Tensor, torch.Tensor]:
+    with autocast(device, precision, strategy): loss = call(function, *data)
     optimizer.zero_grad()
     loss.backward()
-    norm = clip(model.parameters(), 1.0)
+    norm = clip(call.parameters(), 1.0)
     optimizer.step()
     return loss.detach(), norm
 
 
 def alone_curve(world: d.World, precision: str, rows: int, steps: int) -> list[list[float]]:
     "Loss and gradient norm of each step on rank 0 with the whole batch."
-    model = build(SMALL, world.device)
+    model = d.ModelCall(build(SMALL, world.device))
     optimizer, curve = adamw(model), []
     for i in range(1, steps + 1):
         loss, norm = step(model, optimizer, batch(SMALL, rows, i, world.device), clip_gradients, world.device, precision, "alone")
@@ -74,31 +76,45 @@ def alone_curve(world: d.World, precision: str, rows: int, steps: int) -> list[l
 
 
 def shared_curve(world: d.World, strategy: str, precision: str, rows: int, steps: int) -> list[list[float]]:
-    "The same over all ranks; half way the state goes into a sharded checkpoint and comes back into a new model."
-    model = d.distribute_model(build(SMALL, world.device), world, strategy, precision)
+    "The same over all ranks; on the way the state goes through rank 0 and through a checkpoint into new models."
+    model = d.distribute_model(d.ModelCall(build(SMALL, world.device)), world, strategy, precision)
     optimizer, curve = adamw(model), []
     mine = d.rank_slice(rows, world)
     for i in range(1, steps + 1):
         data = tuple(t[mine] for t in batch(SMALL, rows, i, world.device))
         loss, norm = step(model, optimizer, data, d.clip_gradients_over_ranks, world.device, precision, strategy)
         curve.append([d.mean_over_ranks(loss).item(), norm.item()])
+        if i == steps // 4: model, optimizer = through_memory(model, optimizer, world, strategy, precision)
         if i == steps // 2: model, optimizer = through_checkpoint(model, optimizer, world, strategy, precision)
     return curve
 
 
+def emptied(world: d.World, strategy: str, precision: str):
+    "A new model and optimizer; its weights are 0, so that what is not loaded shows."
+    fresh = build(SMALL, world.device)
+    for p in fresh.parameters(): p.data.zero_()
+    fresh = d.distribute_model(d.ModelCall(fresh), world, strategy, precision)
+    return fresh, adamw(fresh)
+
+
+def through_memory(model, optimizer, world: d.World, strategy: str, precision: str):
+    "Everything gathered on rank 0, as for a single file, and spread again."
+    state, (fresh, fresh_optimizer) = d.gather_state(model, optimizer), emptied(world, strategy, precision)
+    d.spread_state(state, fresh, fresh_optimizer)
+    return fresh, fresh_optimizer
+
+
 def through_checkpoint(model, optimizer, world: d.World, strategy: str, precision: str):
+    "The same by a sharded checkpoint."
     folder = Path(d.on_rank_0(tempfile.mkdtemp))
     d.save_shards(folder / "shards", model, optimizer, 1)
-    with torch.no_grad(): fresh = build(SMALL, world.device).requires_grad_(True)
-    for p in fresh.parameters(): p.data.zero_()  # what is not loaded shows
-    fresh = d.distribute_model(fresh, world, strategy, precision)
-    fresh_optimizer = adamw(fresh)
+    fresh, fresh_optimizer = emptied(world, strategy, precision)
     d.load_shards(folder / "shards", fresh, fresh_optimizer)
     d.on_rank_0(lambda: shutil.rmtree(folder))
     return fresh, fresh_optimizer
 
 
-def compare(world: d.World, steps: int = 20, rows: int = 32) -> dict:
+def compare(world: d.World, steps: int = 12, rows: int = 16) -> dict:
     "Curves in float32 and, on a GPU, in bfloat16, with the largest distance from the reference."
     found = {}
     for precision in ("fp32", "bf16") if world.device != "cpu" else ("fp32",):
@@ -122,18 +138,20 @@ def clear(device: str) -> None:
 
 
 def prepared(config: ModelConfig, world: d.World, strategy: str, precision: str, compiled: bool):
+    "The model ready to train, and the function of it that gives the loss."
     model = build(config, world.device)
     if compiled and strategy == "fsdp":
-        for block in model.layers: block.compile()
-    elif compiled: model.compile()
-    return model if strategy == "alone" else d.distribute_model(model, world, strategy, precision)
+        for block in model.layers: block.compile(dynamic=False)
+    call = d.ModelCall(model)
+    if strategy != "alone": call = d.distribute_model(call, world, strategy, precision)
+    return call, torch.compile(loss_of, dynamic=False) if compiled and strategy != "fsdp" else loss_of
 
 
 def speed(config: ModelConfig, rows: int, world: d.World, strategy: str, precision: str, steps: int, compiled: bool) -> dict:
     "Tokens a second of all ranks, median over windows of steps, and a rank's memory."
     clear(world.device)
     wait = (lambda: torch.cuda.synchronize()) if world.device != "cpu" else (lambda: None)
-    model = prepared(config, world, strategy, precision, compiled)
+    model, function = prepared(config, world, strategy, precision, compiled)
     optimizer = adamw(model, 1e-4)
     clip = clip_gradients if strategy == "alone" else d.clip_gradients_over_ranks
     data = batch(config, rows, world.rank, world.device)
@@ -141,7 +159,7 @@ def speed(config: ModelConfig, rows: int, world: d.World, strategy: str, precisi
     for window in range(4):
         wait()
         since = time.perf_counter()
-        for _ in range(steps): step(model, optimizer, data, clip, world.device, precision, strategy)
+        for _ in range(steps): step(model, optimizer, data, clip, world.device, precision, strategy, function)
         wait()
         seconds.append((time.perf_counter() - since) / steps)
     per_step = statistics.median(seconds[1:])

@@ -25,12 +25,12 @@ from .optimization import clip_gradients
 from .transformer import ModelConfig, TransformerBlock, TransformerLM
 
 # %% auto #0
-__all__ = ['RANK_VARIABLES', 'T', 'STRATEGIES', 'SHARDS_SCHEMA', 'INDEX_NAMES', 'World', 'read_world', 'PeerError',
+__all__ = ['T', 'RANK_VARIABLES', 'STRATEGIES', 'SHARDS_SCHEMA', 'INDEX_NAMES', 'World', 'read_world', 'PeerError',
            'failure_line', 'processes', 'rank_slice', 'sum_over_ranks', 'mean_over_ranks', 'target_share', 'any_rank',
-           'on_rank_0', 'deal_batches', 'shard_model', 'distribute_model', 'bare_model', 'gradients_stay_local',
-           'own_rows', 'clip_gradients_over_ranks', 'save_shards', 'read_shards', 'load_shards', 'numbered_state',
-           'merge_shards', 'spread_state', 'named_state', 'gather_state', 'unit_parameters', 'activation_bytes',
-           'rank_bytes', 'sent_bytes', 'Cluster', 'Plan', 'plan_step']
+           'on_rank_0', 'deal_batches', 'shard_model', 'distribute_model', 'ModelCall', 'bare_model',
+           'gradients_stay_local', 'own_rows', 'clip_gradients_over_ranks', 'save_shards', 'read_shards', 'load_shards',
+           'numbered_state', 'merge_shards', 'spread_state', 'named_state', 'gather_state', 'unit_parameters',
+           'activation_bytes', 'rank_bytes', 'sent_bytes', 'Cluster', 'Plan', 'plan_step']
 
 # %% ../nbs/10b_distributed.ipynb #af75fbf4
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class World:
     def __str__(self) -> str: return f"rank {self.rank} of {self.size}"
 
 # %% ../nbs/10b_distributed.ipynb #14f50102
+T = TypeVar("T")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -106,32 +107,44 @@ def failure_line(world: World, error: BaseException) -> str:
 # %% ../nbs/10b_distributed.ipynb #34aca01b
 def _leave(world: World, error: BaseException, patience: float = 3.0) -> None:
     "End this process because of an error, so that torchrun sees it and ends the others."
+    if isinstance(error, SystemExit): _leave_at_once(error.code if isinstance(error.code, int) else 1,
+                                                     error.code if world.writes else None)
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
     print(failure_line(world, error), file=sys.stderr, flush=True)
     if _is_consequence(error): time.sleep(patience)  # torchrun shall first see the rank that is the cause
-    elif "TORCHELASTIC_ERROR_FILE" in os.environ: get_error_handler().record_exception(error)  # its summary has it
-    sys.stdout.flush()
-    os._exit(1)
+    elif "TORCHELASTIC_ERROR_FILE" in os.environ: get_error_handler().record_exception(error)  # for its summary
+    _leave_at_once(1)
 
 # %% ../nbs/10b_distributed.ipynb #60192ae7
+def _leave_at_once(status: int, message: object = None) -> None:
+    if isinstance(message, str): print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # an interpreter that ends in the usual way waits for threads and for NCCL
+
+# %% ../nbs/10b_distributed.ipynb #8268ae26
 @contextmanager
 def processes(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
-    """Within it the processes of a torchrun job are connected; a program on its own gets `World()` and no group.
+    """Within it the processes of a torchrun job are connected; a program on its own gets a `World` without others.
 
     A rank that raises an error ends with one line on stderr and status 1, and torchrun ends the others. `timeout`:
     seconds after which a collective that one rank never enters is an error. ValueError as in `read_world`.
     """
     world = read_world(device)
-    if world.size == 1:
-        yield world
-        return
+    if world.size == 1: yield world
+    else:
+        with _connected(world, timeout): yield world
+
+# %% ../nbs/10b_distributed.ipynb #5608e600
+@contextmanager
+def _connected(world: World, timeout: float) -> Iterator[None]:
+    "Within it the process group exists; any error within ends the process."
     try:
         _connect(world, timeout)
-        yield world
+        yield
         dist.barrier()  # nobody leaves while another still needs it
-    except SystemExit as error:
-        if error.code: _leave(world, error)
-    except BaseException as error: _leave(world, error)
+    except BaseException as error:
+        if not isinstance(error, SystemExit) or error.code: _leave(world, error)
     dist.destroy_process_group()
 
 # %% ../nbs/10b_distributed.ipynb #8c5a83bb
@@ -182,9 +195,6 @@ def any_rank(flag: bool) -> bool:
     return bool(votes)
 
 # %% ../nbs/10b_distributed.ipynb #abf15293
-T = TypeVar("T")
-
-
 def on_rank_0(work: Callable[[], T]) -> T:
     "What `work()` gives on rank 0, which alone does it. Its error is raised there, and `PeerError` on the others."
     if not dist.is_initialized(): return work()
@@ -235,13 +245,22 @@ def distribute_model(model: nn.Module, world: World, strategy: str = "ddp", prec
     if strategy == "fsdp": return shard_model(model, world, precision)
     return _ddp(model, torch.device(world.device))
 
-
+# %% ../nbs/10b_distributed.ipynb #5c35ffa5
 def _ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
     "DDP without sending buffers in each step (ours are constant tables), gradients kept in its buckets."
     DDP = nn.parallel.DistributedDataParallel
     new_name = "forward_sync_buffers" in inspect.signature(DDP).parameters  # PyTorch 2.13 renames the argument
     settings = {"forward_sync_buffers" if new_name else "broadcast_buffers": False, "gradient_as_bucket_view": True}
     return DDP(model, device_ids=None if device.type == "cpu" else [device.index], **settings)
+
+# %% ../nbs/10b_distributed.ipynb #f7e94f69
+class ModelCall(nn.Module):
+    "`call(function, *args)` is `function(model, *args)`, within what DDP or FSDP2 put around a forward pass."
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable, *args): return function(self.model, *args)
 
 # %% ../nbs/10b_distributed.ipynb #28ae8871
 def bare_model(model: nn.Module) -> nn.Module:
@@ -289,10 +308,23 @@ def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer, **options) 
 
 def _flat(weights: dict, optimizer_state: dict) -> dict[str, Tensor]:
     "All tensors of both in one dict, `model.NAME` and `optimizer.KEY.NAME`, as DCP stores them."
-    moments = {f"optimizer.{key}.{name}": value for name, state in optimizer_state.items() for key, value in state.items()}
+    moments = {f"optimizer.{key}.{name}": value
+               for name, state in optimizer_state.items() for key, value in state.items()}
     return {f"model.{name}": value for name, value in weights.items()} | moments
 
-# %% ../nbs/10b_distributed.ipynb #a637cf66
+# %% ../nbs/10b_distributed.ipynb #21214a17
+def _unflatten(entries: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    "Weights by name, and optimizer state by name, from the names of `_flat`."
+    weights, moments = {}, {}
+    for entry, value in entries.items():
+        kind, rest = entry.split(".", 1)
+        if kind == "model": weights[rest] = value
+        else:
+            key, name = rest.split(".", 1)
+            moments.setdefault(name, {})[key] = value
+    return weights, moments
+
+# %% ../nbs/10b_distributed.ipynb #3fa6ab66
 def save_shards(folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int,
                 **extra) -> None:
     """All ranks together write a checkpoint folder, each its own shards; `extra`: plain types and tensors of rank 0.
@@ -311,7 +343,7 @@ def save_shards(folder: str | os.PathLike, model: nn.Module, optimizer: torch.op
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
-
+# %% ../nbs/10b_distributed.ipynb #68570dd1
 @contextmanager
 def _calling_dcp(folder: Path) -> Iterator[None]:
     "DCP tells of a rank's failure in a page of traces, by no `Exception`; here it is a line. Alone it may be silent."
@@ -471,9 +503,8 @@ def load_shards(folder: str | os.PathLike, model: nn.Module, optimizer: torch.op
     _check_shapes(folder, entries)
     with _calling_dcp(folder):
         dcp.load(entries, storage_reader=_shards_reader(folder), no_dist=not dist.is_initialized())
-    moments = {name: {key: entries[f"optimizer.{key}.{name}"] for key in own}
-               for name, own in optimizer_state["state"].items()}
-    set_state_dict(bare_model(model), optimizer, model_state_dict={name: entries[f"model.{name}"] for name in weights},
+    weights, moments = _unflatten(entries)
+    set_state_dict(bare_model(model), optimizer, model_state_dict=weights,
                    optim_state_dict={"state": moments, "param_groups": state["param_groups"]})
     return state
 
@@ -509,18 +540,6 @@ def merge_shards(folder: str | os.PathLike, out: str | os.PathLike) -> None:
     extra = {key: value for key, value in state.items() if key not in ("files", "param_groups", "shards_schema")}
     with write_aside(out) as file:
         torch.save({"model": weights, "optimizer": numbered_state(moments, state["param_groups"]), **extra}, file)
-
-# %% ../nbs/10b_distributed.ipynb #21214a17
-def _unflatten(entries: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    "Weights by name, and optimizer state by name, from the names of `_flat`."
-    weights, moments = {}, {}
-    for entry, value in entries.items():
-        kind, rest = entry.split(".", 1)
-        if kind == "model": weights[rest] = value
-        else:
-            key, name = rest.split(".", 1)
-            moments.setdefault(name, {})[key] = value
-    return weights, moments
 
 # %% ../nbs/10b_distributed.ipynb #c0b0e478
 def spread_state(saved: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -581,7 +600,8 @@ def rank_bytes(config: ModelConfig, ranks: int, stage: int, rows: int, compute_b
     return held | {"compute_copy": compute_bytes * copy, "activations": activation_bytes(config, rows, compute_bytes)}
 
 # %% ../nbs/10b_distributed.ipynb #3b7adefe
-def sent_bytes(config: ModelConfig, ranks: int, stage: int, micro_steps: int = 1, compute_bytes: int = 2) -> dict[str, float]:
+def sent_bytes(config: ModelConfig, ranks: int, stage: int, micro_steps: int = 1,
+               compute_bytes: int = 2) -> dict[str, float]:
     "Bytes that one rank sends in a step of `micro_steps` micro-batches, by collective; gradients travel as float32."
     block, rest = unit_parameters(config)
     whole, turn = config.num_layers * block + rest, (ranks - 1) / ranks

@@ -32,7 +32,17 @@ def fresh(config: ModelConfig = CONFIG) -> TransformerLM:
 def adamw(model: torch.nn.Module) -> AdamW: return AdamW(model.parameters(), lr=3e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def steps(model, optimizer, world: d.World, first: int, last: int, micro: int = 1) -> list[list[float]]:
+def reaching_loss(model: TransformerLM, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    "The loss by parts of the model instead of its forward pass."
+    x = model.token_embeddings(inputs)
+    for block in model.layers: x = block(x)
+    return cross_entropy(model.ln_final(x) @ model.lm_head.weight.T, targets)
+
+
+def model_loss(model, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor: return cross_entropy(model(inputs), targets)
+
+
+def steps(model, optimizer, world: d.World, first: int, last: int, micro: int = 1, loss_of=model_loss) -> list[list[float]]:
     "Train; loss and gradient norm of each step, over all ranks."
     curve = []
     for step in range(first, last + 1):
@@ -43,7 +53,7 @@ def steps(model, optimizer, world: d.World, first: int, last: int, micro: int = 
         total = torch.zeros(())
         for i, (x, y) in enumerate(zip(inputs.chunk(micro), targets.chunk(micro))):
             with d.gradients_stay_local(model, i < micro - 1):
-                loss = cross_entropy(model(x), y) * share * (y != IGNORE_INDEX).sum() / counted
+                loss = loss_of(model, x, y) * share * (y != IGNORE_INDEX).sum() / counted
                 loss.backward()
             total += loss.detach()
         norm = d.clip_gradients_over_ranks(model.parameters(), 0.5)
@@ -165,6 +175,18 @@ def checks(world: d.World, folder: Path) -> dict:
     to_ddp = d.distribute_model(TransformerLM(CONFIG), world, "ddp")
     d.load_shards(folder / "step-3", to_ddp, to_ddp_optimizer := adamw(to_ddp))
     found["to_ddp"] = steps(to_ddp, to_ddp_optimizer, world, SAVED + 1, STEPS)
+
+    for kind in d.STRATEGIES:
+        call = d.distribute_model(d.ModelCall(fresh()), world, kind)
+        call_optimizer = adamw(call)
+        found[f"call_{kind}"] = steps(call, call_optimizer, world, 1, SAVED, loss_of=lambda m, x, y: m(reaching_loss, x, y))
+        d.save_shards(folder / f"call-{kind}", call, call_optimizer, SAVED)
+        d.load_shards(folder / f"call-{kind}", other := d.distribute_model(TransformerLM(CONFIG), world, "fsdp"), other_optimizer := adamw(other))
+        found[f"call_{kind}"] += steps(other, other_optimizer, world, SAVED + 1, STEPS)
+
+    from_one = d.distribute_model(TransformerLM(CONFIG), world, "fsdp")
+    d.load_shards(folder / "one", from_one, from_one_optimizer := adamw(from_one))
+    found["from_one"] = steps(from_one, from_one_optimizer, world, SAVED + 1, STEPS)
 
     gathered = d.gather_state(again, again_optimizer)
     if world.writes: torch.save(gathered, folder / "gathered.pt")

@@ -29,6 +29,8 @@ def launch(folder: Path, end: str) -> subprocess.CompletedProcess:
 def job(tmp_path_factory):
     "What both ranks found, how the job ended, and its folder."
     folder = tmp_path_factory.mktemp("job")
+    model, optimizer, _ = worker.alone(last=worker.SAVED)
+    d.save_shards(folder / "one", model, optimizer, worker.SAVED)  # by one process, for two
     done = launch(folder, "die")
     files = [folder / f"found-{rank}.json" for rank in (0, 1)]
     assert all(f.exists() for f in files), done.stderr
@@ -48,7 +50,7 @@ def close(a, b) -> None: np.testing.assert_allclose(a, b, rtol=2e-5)
 
 def test_curves_equal_one_process(job):
     (found, other), _, _ = job
-    for kind in ("ddp", "micro", "fsdp"):
+    for kind in ("ddp", "micro", "fsdp", "call_ddp", "call_fsdp"):
         close(found[kind], found["alone"])
         assert found[kind] == other[kind], "ranks must see the same losses and norms, or they decide differently"
     assert found["ddp_apart"] < 1e-4 and found["fsdp_apart"] < 1e-4
@@ -67,6 +69,7 @@ def test_sharded_checkpoint_goes_on_exactly(job):
     (found, _), _, _ = job
     assert found["resumed"] == found["fsdp"][worker.SAVED:] and found["resumed_apart"] == 0
     close(found["to_ddp"], found["alone"][worker.SAVED:])
+    close(found["from_one"], found["alone"][worker.SAVED:])
 
 
 def test_single_file_state_to_ranks_and_back(job):
