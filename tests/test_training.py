@@ -422,7 +422,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(config, monkeypatch):
     state = torch.load(result.checkpoint, weights_only=True)
     for key in "watch", "good_step": del state[key]
     for split in state["data"].values(): del split["sample"]
-    for key in "graph", "micro_batch", "kernels", "memory_gb", "tensorboard": del state["config"][key]
+    for key in "graph", "micro_batch", "kernels", "memory_gb", "tensorboard", "strategy": del state["config"][key]
     for group in state["optimizer"]["param_groups"]: del group["capturable"]
     torch.save(state, result.checkpoint)
     assert run(config, resume=True).status == "finished"
@@ -547,7 +547,7 @@ def test_evaluation_is_the_definition(data, batch_size, rows):
 def test_the_log_keeps_its_contract(config):
     result = run(config)
     header, *middle, end = records(result)
-    assert list(header) == ["kind", "schema", "name", "config", "corpus", "tokenizer", "tokens", "parameters", "device", "divergence",
+    assert list(header) == ["kind", "schema", "name", "config", "corpus", "tokenizer", "tokens", "parameters", "device", "processes", "divergence",
                             "versions", "commit", "started"]
     assert header["divergence"] == {"nats": 1.0, "steps": 10}
     assert set(header["corpus"]) >= {"name", "bytes", "documents", "sha256"}
@@ -693,7 +693,7 @@ def test_a_run_that_does_not_fit_says_what_would(config):
     config = replace(config, eval_batch_size=1)
     need = planned_bytes(resolve_config(config)) / 1e9
     assert run(replace(config, memory_gb=1.01 * need)).status == "finished"
-    rows = {n: planned_bytes(resolve_config(config), n) / 1e9 for n in (1, 2, 3, 4)}
+    rows = {n: planned_bytes(resolve_config(config), rows=n) / 1e9 for n in (1, 2, 3, 4)}
     limit = (rows[3] + rows[4]) / 2
     with pytest.raises(ValueError, match="--batch-size 3, or keep the batch and take --micro-batch 2"): run(replace(config, name="big", memory_gb=limit))
     assert not (Path(config.runs_dir) / "big").exists()
@@ -705,8 +705,8 @@ def test_a_run_that_does_not_fit_says_what_would(config):
 @settings(max_examples=20, deadline=None)
 def test_planned_memory_grows_with_the_rows_and_covers_the_weights(a, b, precision):
     config = TrainConfig(name="x", train_tokens="x", valid_tokens="x", model=TINY, precision=precision, kernels="off", eval_batch_size=1)
-    assert (planned_bytes(config, a) <= planned_bytes(config, b)) == (a <= b)
-    assert planned_bytes(config, 1) > 16 * sum(p.numel() for p in TransformerLM(TINY).parameters())
+    assert (planned_bytes(config, rows=a) <= planned_bytes(config, rows=b)) == (a <= b)
+    assert planned_bytes(config, rows=1) > 16 * sum(p.numel() for p in TransformerLM(TINY).parameters())
 
 
 def test_every_line_of_the_log_is_told_and_the_run_is_the_same(config):
