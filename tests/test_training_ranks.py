@@ -8,8 +8,9 @@ import torch
 
 from cs336_lm.corpora import END_OF_TEXT
 from cs336_lm.dataset import encode_file
+from cs336_lm.distributed import World
 from cs336_lm.tokenizer import Tokenizer
-from cs336_lm.training import TrainConfig, list_checkpoints, load_model, train
+from cs336_lm.training import TrainConfig, list_checkpoints, load_model, open_run, train
 from cs336_lm.transformer import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,7 +99,6 @@ def test_what_stopped_goes_on_with_other_numbers_of_processes(config, first):
 
 
 def test_batches_that_cannot_be_shared_are_refused(config):
-    jobs = [{"config": asdict(replace(config, name="odd", batch_size=7))}]
-    done, _ = launch(jobs)
-    assert done.returncode != 0 and "batch_size 7 cannot be shared equally by 2 processes" in done.stderr
+    for change, words in ({"batch_size": 7}, "batch_size 7 cannot be shared equally by 2 processes"), ({"micro_batch": 8}, "the 4 rows that each"):
+        with pytest.raises(ValueError, match=words): open_run(replace(config, name="odd", **change), world=World(1, 2, 1, "cpu"))
     assert not (Path(config.runs_dir) / "odd").exists()
