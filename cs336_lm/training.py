@@ -5,7 +5,8 @@
 # %% ../nbs/11_training.ipynb #5d6d4c85
 from __future__ import annotations
 
-import json, math, os, platform, re, signal, subprocess, threading, time, warnings, zipfile
+import hashlib, io, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
+from .distributed import rank_bytes
 from .kernels import fused_training_loss, kernels_fit, use_kernels
 from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
                                    token_losses)
@@ -32,15 +34,17 @@ from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
-__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'LOG_SCHEMA', 'FREE_ON_RESUME', 'training_loop', 'save_checkpoint',
-           'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig', 'config_from_dict', 'load_config',
-           'pick_device', 'resolve_config', 'float32_products', 'autocast', 'current_device', 'device_name',
-           'peak_flops', 'TokenRows', 'open_rows', 'to_device', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device',
-           'training_loss', 'evaluation_sums', 'evaluate', 'network_norms', 'Clock', 'Run', 'TrainStep', 'GraphedStep',
-           'TrainParts', 'build_run', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'Diverged',
-           'send', 'receive', 'settle', 'append_log', 'log_step', 'list_checkpoints', 'save_run', 'finish_saving',
-           'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation', 'advance', 'TrainResult', 'train',
-           'train_many', 'load_model']
+__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE', 'FEW_STEPS', 'LOG_SCHEMA', 'FREE_ON_RESUME',
+           'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig',
+           'config_from_dict', 'load_config', 'pick_device', 'resolve_config', 'float32_products', 'autocast',
+           'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
+           'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'evaluate',
+           'network_norms', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory', 'TrainStep', 'GraphedStep',
+           'TrainParts', 'build_run', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send',
+           'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
+           'append_log', 'log_step', 'list_checkpoints', 'step_of', 'save_run', 'finish_saving', 'newest_checkpoint',
+           'open_run', 'StopRequest', 'record_evaluation', 'advance', 'TrainResult', 'train', 'summary_writer',
+           'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -154,7 +158,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()  # the network
     rows: Literal["stream", "documents"] = "stream"  # rows cut anywhere, or one document a row from its beginning
     batch_size: int = 256  # rows a step
-    micro_batch: int | None = None  # rows at once, their gradients added up; saves memory alone; default: all
+    micro_batch: int = 0  # rows at once, their gradients added up: saves memory; 0: all
     steps: int = 5_000  # optimizer steps; they end the run and the learning rate's cycle
     max_lr: float = 3e-3  # learning rate after the warmup
     min_lr: float = 3e-4  # learning rate of the last step
@@ -173,7 +177,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA, else fp32
     compile: Literal["auto", "off", "inductor", "aot_eager"] = "auto"  # auto: inductor on CUDA, off on CPU
     graph: Literal["auto", "on", "off"] = "auto"  # record the step as a CUDA graph; auto: on CUDA, if compiled
-    kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's kernels, residual stream in bf16; auto: where they fit
+    kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's, and the residual stream in bf16; auto: if they fit
+    memory_gb: float = 0.0  # memory to plan for, in GB; 0: what the GPU has free, and no plan on a CPU
+    tensorboard: bool = False  # write TensorBoard's files too (needs the extra cs336_lm[tensorboard])
     runs_dir: str = "runs"  # where run folders go
 
     def __post_init__(self) -> None: _check_config(self)
@@ -187,15 +193,14 @@ _RULES = [
     ("name", lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.+=-]*", v),
      "letters, digits and . _ + = - only, as it names a folder"),
     ("batch_size steps eval_batch_size keep_checkpoints log_every", _whole(1), "a whole number of at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every", _whole(0), "a whole number of at least 0"),
+    ("warmup_steps seed eval_every checkpoint_every micro_batch", _whole(0), "a whole number of at least 0"),
     ("max_lr max_grad_norm eps", _real(lambda v: v > 0), "above 0"),
-    ("min_lr weight_decay", _real(lambda v: v >= 0), "at least 0"),
+    ("min_lr weight_decay memory_gb", _real(lambda v: v >= 0), "at least 0"),
     ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     ("rows", ("stream", "documents").__contains__, "'stream' or 'documents'"),
     ("precision", ("auto", "fp32", "tf32", "bf16").__contains__, "'auto', 'fp32', 'tf32' or 'bf16'"),
     ("compile", ("auto", "off", "inductor", "aot_eager").__contains__, "'auto', 'off', 'inductor' or 'aot_eager'"),
     ("graph kernels", ("auto", "on", "off").__contains__, "'auto', 'on' or 'off'"),
-    ("micro_batch", lambda v: v is None or _whole(1)(v), "a whole number of at least 1"),
 ]
 
 # %% ../nbs/11_training.ipynb #82445444
@@ -260,8 +265,9 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
     graph = config.graph if config.graph != "auto" else "on" if device.type == "cuda" and compile != "off" else "off"
     if graph == "on" and device.type != "cuda": raise ValueError("graph 'on' exists on CUDA only; use 'auto' or 'off'")
     fit = kernels_fit(config.model, device, precision)
-    if config.kernels == "on" and not fit: raise ValueError("kernels 'on' needs CUDA, Triton, bf16 and heads 16 to 128 wide; use 'auto'")
     kernels = config.kernels if config.kernels != "auto" else "on" if fit else "off"
+    if kernels == "on" and not fit:
+        raise ValueError("kernels 'on' needs CUDA, Triton, bf16 and heads of 16 to 128; use 'auto' or 'off'")
     return replace(config, device=str(device), precision=precision, compile=compile, graph=graph, kernels=kernels)
 
 # %% ../nbs/11_training.ipynb #a6a93d48
@@ -350,8 +356,23 @@ def open_rows(path: str | os.PathLike, model: ModelConfig, rows: str = "stream",
     if file.tokenizer["vocab_size"] > model.vocab_size:
         raise ValueError(f"{path} has ids up to {file.tokenizer['vocab_size'] - 1}, but the model's vocab_size is "
                          f"{model.vocab_size}; set it to at least {file.tokenizer['vocab_size']}")
+    _check_ids(path, tokens, file.tokenizer["vocab_size"])
     if rows == "documents": return _open_document_rows(file, tokens, model, tokenizer)
     return TokenRows(file, tokens, model.context_length)
+
+# %% ../nbs/11_training.ipynb #090eb327
+def sample_tokens(tokens: np.ndarray, stretches: int = 64, length: int = 4_096) -> np.ndarray:
+    "Evenly spread stretches of a token file, its beginning and end among them; all of a small one."
+    if len(tokens) <= stretches * length: return np.array(tokens)
+    starts = np.linspace(0, len(tokens) - length, stretches).astype(np.int64)
+    return np.concatenate([tokens[start:start + length] for start in starts])
+
+
+def _check_ids(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) -> None:
+    "`ValueError` where stretches of a token file hold ids that its tokenizer has not."
+    if len(tokens) and (largest := int(sample_tokens(tokens).max())) >= vocab_size:
+        raise ValueError(f"{path} holds the id {largest}, but its tokenizer has only {vocab_size}; it is damaged, "
+                         "encode the text again")
 
 # %% ../nbs/11_training.ipynb #482669aa
 def _check_length(rows: TokenRows, least: int) -> None:
@@ -439,9 +460,9 @@ def batch_source(rows: TokenRows | DeviceRows, config: TrainConfig, device: torc
     return lambda step: to_device(ahead(step), device)
 
 
-def fits_device(tokens: np.ndarray, device: torch.device) -> bool:
-    "Whether the tokens take at most a quarter of what the GPU has free. Never on a device other than CUDA."
-    return device.type == "cuda" and 4 * tokens.nbytes <= torch.cuda.mem_get_info(device)[0]
+def fits_device(tokens: np.ndarray, device: torch.device, planned: int) -> bool:
+    "Whether a GPU has room for the tokens beside `planned` bytes. Never on another device."
+    return device.type == "cuda" and tokens.nbytes + planned <= free_bytes(device)
 
 # %% ../nbs/11_training.ipynb #64b9a5e3
 def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -543,6 +564,8 @@ class Run:
     batch: Callable[[int], tuple[Tensor, Tensor]]  # a step's inputs and targets, on the device
     train_step: TrainStep
     evaluation_function: Callable
+    data: dict  # what it learns from: texts, tokenizer, tokens
+    watch: LossWatch
 
     step: int = 0  # steps done
     tokens: int = 0  # targets learned from, padding not counted
@@ -553,6 +576,7 @@ class Run:
     settled: int = 0  # steps whose values have arrived
     grad_norm: float = 0.0
     saved_step: int | None = None  # of the newest checkpoint
+    good_step: int | None = None  # of the newest one that was saved while the loss looked good
     saving: Future | None = None  # a checkpoint that is being written beside the training
     evaluation: dict | None = None  # the last one's log line
     listeners: list[Callable[[dict], None]] = field(default_factory=list)  # told of every line of the log
@@ -576,14 +600,45 @@ def _open_data(config: TrainConfig) -> tuple[Tokenizer | None, TokenRows, TokenR
         raise ValueError(f"{config.train_tokens} and {config.valid_tokens} have different tokenizers; encode one again")
     return tokenizer, train_rows, valid_rows
 
+# %% ../nbs/11_training.ipynb #4dde9353
+def planned_bytes(config: TrainConfig, rows: int | None = None) -> int:
+    "Bytes that a resolved run needs at most, with `rows` rows (default: as configured) at once."
+    rows = rows or config.micro_batch or config.batch_size
+    number, model = (2 if config.precision == "bf16" else 4), config.model
+    held = rank_bytes(model, 1, 0, rows, number)
+    logits = model.context_length * model.vocab_size
+    held["activations"] -= 4 * rows * logits * (config.kernels == "on")
+    evaluation = config.eval_batch_size * logits * (number + 8)  # the logits, their float32 copy, and an exponential
+    return int(sum(held.values()) - held["activations"] + max(held["activations"], evaluation))
+
+# %% ../nbs/11_training.ipynb #d78139e4
+def free_bytes(device: torch.device) -> int | None:
+    "Bytes that tensors can still take on a GPU; None for other devices."
+    if device.type != "cuda": return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def check_memory(config: TrainConfig) -> None:
+    "`ValueError` where a resolved run plans more than there is, with the largest batch and micro-batch that fit."
+    capacity = 1e9 * config.memory_gb or free_bytes(torch.device(config.device))
+    if capacity is None or (needed := planned_bytes(config)) <= capacity: return
+    fits = lambda rows: planned_bytes(config, rows) <= capacity
+    largest = next((rows for rows in range(config.batch_size, 0, -1) if fits(rows)), 0)
+    parts = next((rows for rows in range(largest, 0, -1) if config.batch_size % rows == 0), 0)
+    remedy = (f"take --batch-size {largest}, or keep the batch and take --micro-batch {parts}" if largest else
+              f"not even one row fits beside eval_batch_size {config.eval_batch_size}; take a smaller model or context")
+    raise ValueError(f"batch_size {config.batch_size} needs up to {needed / 1e9:.2f} GB with {config.micro_batch or 'all'} "
+                     f"rows at once, but {config.device} has {capacity / 1e9:.2f} GB; {remedy}")
+
 # %% ../nbs/11_training.ipynb #5af151ca
 class TrainStep:
     """One optimizer step on a batch. Its loss (mean nats a target) and gradient norm are tensors on the device.
 
-    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows are worked on at once; with `graph` the
+    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with `graph` the
     whole step is a `GraphedStep`. Nothing in it waits for the device."""
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
-                 precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int | None = None,
+                 precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int = 0,
                  graph: bool = False) -> None:
         self.model, self.optimizer, self.loss_function = model, optimizer, loss_function or training_loss
         self.precision, self.max_grad_norm, self.micro_batch = precision, max_grad_norm, micro_batch
@@ -681,13 +736,14 @@ class TrainParts:
         for old, new in zip(self.model.parameters(), fresh.parameters(), strict=True): old.copy_(new)
         self.model.zero_grad()
 
-    def rows(self, rows: TokenRows, device: torch.device) -> TokenRows | DeviceRows:
+    def rows(self, rows: TokenRows, config: TrainConfig) -> TokenRows | DeviceRows:
         "The rows with their tokens on the device, if there is room."
+        device = torch.device(config.device)
         about = os.stat(rows.file.path)
         key = (str(rows.file.path), about.st_size, about.st_mtime_ns, rows.context_length, rows.separator_id)
         if key not in self.tokens:
             self.tokens.clear()
-            if not fits_device(rows.tokens, device): return rows
+            if not fits_device(rows.tokens, device, planned_bytes(config)): return rows
             self.tokens[key] = DeviceRows(rows, device)
         return self.tokens[key]
 
@@ -703,9 +759,10 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None) -> Run:
     train_step = TrainStep(parts.model, optimizer, parts.loss_function, precision=config.precision,
                            max_grad_norm=config.max_grad_norm, micro_batch=config.micro_batch,
                            graph=config.graph == "on")
-    batch = batch_source(parts.rows(train_rows, device), config, device)
+    batch = batch_source(parts.rows(train_rows, config), config, device)
     return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, parts.model, optimizer,
-               batch, train_step, parts.evaluation_function)
+               batch, train_step, parts.evaluation_function, _data(train_rows, valid_rows),
+               LossWatch(divergence_window(config.steps)))
 
 # %% ../nbs/11_training.ipynb #409710e4
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -744,10 +801,6 @@ def arrival(device: torch.device) -> Callable[[], None]:
     return event.synchronize
 
 # %% ../nbs/11_training.ipynb #93e7b2e8
-class Diverged(ArithmeticError):
-    "A run whose loss or gradient is no longer finite."
-
-
 def send(run: Run) -> None:
     "Send for the values of the steps since the last time."
     if not run.pending: return
@@ -755,8 +808,53 @@ def send(run: Run) -> None:
     run.pending.clear()
 
 # %% ../nbs/11_training.ipynb #8d2281e7
+DIVERGED_NATS, DIVERGED_SHARE, FEW_STEPS = 1.0, 0.1, 10
+
+
+class Diverged(ArithmeticError):
+    "A run whose loss or gradient is no longer finite, or whose loss has risen for too long."
+
+
+class LossWatch:
+    "Mean losses over the last `window` and over the last `FEW_STEPS` steps, and the lowest of each so far."
+    def __init__(self, window: int) -> None:
+        self.window, self.losses, self.total = window, deque(maxlen=window), 0.0
+        self.best = self.best_of_few = math.inf
+
+    @property
+    def mean(self) -> float: return self.total / self.window if len(self.losses) == self.window else -math.inf
+
+    def add(self, loss: float) -> None:
+        self.total += loss - (self.losses[0] if len(self.losses) == self.window else 0.0)
+        self.losses.append(loss)
+        if len(self.losses) == self.window: self.best = min(self.best, self.mean)
+        if len(self.losses) >= FEW_STEPS: self.best_of_few = min(self.best_of_few, self.mean_of_few())
+
+    def mean_of_few(self) -> float: return sum(self.losses[-i] for i in range(1, FEW_STEPS + 1)) / FEW_STEPS
+
+    def has_diverged(self) -> bool: return self.mean > self.best + DIVERGED_NATS
+
+    def looks_good(self) -> bool:
+        "Whether the last few steps do not look like the beginning of a divergence."
+        return len(self.losses) < FEW_STEPS or self.mean_of_few() <= self.best_of_few + DIVERGED_NATS
+
+# %% ../nbs/11_training.ipynb #55463f8d
+def divergence_window(steps: int) -> int: return max(FEW_STEPS, math.ceil(DIVERGED_SHARE * steps))
+
+
+def watch_state(watch: LossWatch) -> dict:
+    return {"losses": list(watch.losses), "total": watch.total, "best": watch.best, "best_of_few": watch.best_of_few}
+
+
+def restored_watch(window: int, state: dict) -> LossWatch:
+    watch = LossWatch(window)
+    watch.losses.extend(state["losses"])
+    watch.total, watch.best, watch.best_of_few = state["total"], state["best"], state["best_of_few"]
+    return watch
+
+# %% ../nbs/11_training.ipynb #84d42035
 def receive(run: Run) -> None:
-    "Take in the values that were sent for. `Diverged` at the first that is not finite."
+    "Take in the values that were sent for. `Diverged` where they say so."
     for last, values, wait in run.coming:
         wait()
         for step, (loss, norm, targets) in enumerate(values.tolist(), last - len(values) + 1):
@@ -764,8 +862,12 @@ def receive(run: Run) -> None:
                 raise Diverged(f"loss {loss}, gradient norm {norm} at step {step}, learning rate "
                                f"{learning_rate(run.config, step):.3g}; lower max_lr or lengthen the warmup")
             run.losses.append(loss)
+            run.watch.add(loss)
             run.tokens += int(targets)
             run.settled, run.grad_norm = step, norm
+            if run.watch.has_diverged():
+                raise Diverged(f"mean loss {run.watch.mean:.3f} over {run.watch.window} steps at step {step}, "
+                               f"{run.watch.best:.3f} at best; lower max_lr or lengthen the warmup")
     run.coming.clear()
 
 # %% ../nbs/11_training.ipynb #354bc855
@@ -801,6 +903,7 @@ def _header(run: Run) -> dict:
             "corpus": train.corpus, "tokenizer": train.tokenizer,
             "tokens": {"train": train.tokens, "valid": valid.tokens},
             "parameters": sum(p.numel() for p in run.model.parameters()), "device": device_name(run.device),
+            "divergence": {"nats": DIVERGED_NATS, "steps": run.watch.window},
             "versions": _versions(), "commit": _commit(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -836,39 +939,45 @@ def log_step(run: Run) -> dict:
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
     "The checkpoints of a run folder, newest first."
     found = [p for p in (Path(folder) / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name)]
-    return sorted(found, key=lambda p: int(p.stem[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _data(run: Run) -> dict:
-    "What the run learns from: texts, tokenizer, tokens; whatever the files are called."
-    files = {"train": run.train_rows.file, "valid": run.valid_rows.file}
-    return {split: {"tokens": file.tokens, "corpus": file.corpus.get("sha256"), "tokenizer": file.tokenizer["sha256"]}
-            for split, file in files.items()}
+def step_of(checkpoint: Path) -> int: return int(checkpoint.stem[len("step-"):])
+
+
+def _data(train: TokenRows, valid: TokenRows) -> dict:
+    "What a run learns from: texts, tokenizer, tokens; whatever the files are called."
+    return {split: {"tokens": rows.file.tokens, "corpus": rows.file.corpus.get("sha256"),
+                    "tokenizer": rows.file.tokenizer["sha256"],
+                    "sample": hashlib.sha256(sample_tokens(rows.tokens)).hexdigest()}
+            for split, rows in (("train", train), ("valid", valid))}
 
 # %% ../nbs/11_training.ipynb #a5f4b034
 def save_run(run: Run) -> Path:
     "Write the checkpoint of the run's step, from CUDA beside the training; the oldest beyond `keep_checkpoints` go."
     settle(run)
     finish_saving(run)
+    if run.watch.looks_good(): run.good_step = run.step
     path = run.folder / "checkpoints" / f"step-{run.step:07d}.pt"
     state = checkpoint_state(run.model, run.optimizer, run.step, config=asdict(run.config), random=_random(run.device),
-                             data=_data(run), tokenizer_sha256=run.train_rows.file.tokenizer["sha256"],
+                             data=run.data, tokenizer_sha256=run.train_rows.file.tokenizer["sha256"],
                              tokens=run.tokens, losses=list(run.losses), grad_norm=run.grad_norm,
-                             seconds=run.clock.seconds)
-    run.saved_step = run.step
-    if not runs_behind(run.device): _write(state, path, run.config.keep_checkpoints)
-    else: run.saving = _SAVER.submit(_write, to_host(state), path, run.config.keep_checkpoints, arrival(run.device))
+                             seconds=run.clock.seconds, watch=watch_state(run.watch), good_step=run.good_step)
+    run.saved_step, keep = run.step, (run.config.keep_checkpoints, run.good_step)
+    if not runs_behind(run.device): _write(state, path, keep)
+    else: run.saving = _SAVER.submit(_write, to_host(state), path, keep, arrival(run.device))
     return path
 
 # %% ../nbs/11_training.ipynb #d2e13caf
 _SAVER = ThreadPoolExecutor(1, "checkpoint")
 
 
-def _write(state: dict, path: Path, keep: int, wait: Callable[[], None] = lambda: None) -> None:
-    "Write a checkpoint, then delete the oldest of its folder beyond `keep`."
+def _write(state: dict, path: Path, keep: tuple[int, int | None], wait: Callable[[], None] = lambda: None) -> None:
+    "Write a checkpoint; of its folder the newest `keep[0]` stay, and the one of step `keep[1]`."
     wait()
     with write_aside(path) as file: torch.save(state, file)
-    for old in list_checkpoints(path.parent.parent)[keep:]: old.unlink()
+    for old in list_checkpoints(path.parent.parent)[keep[0]:]:
+        if step_of(old) != keep[1]: old.unlink()
 
 
 def finish_saving(run: Run, wait: bool = True) -> None:
@@ -886,15 +995,20 @@ def _random(device: torch.device) -> dict[str, Tensor]:
 # %% ../nbs/11_training.ipynb #5ca1b09d
 # Settings that a resumed run may change, as they leave the weights alone. Data and tokenizer are compared by content.
 FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_every", "eval_batch_size",
-                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph", "micro_batch",
-                  "runs_dir"}
+                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph",
+                  "micro_batch", "memory_gb", "tensorboard", "runs_dir"}
+
+
+def _flat(nested: dict, prefix: str = "") -> dict:
+    "The entries of nested dicts under names like model.norm."
+    return {name: value for k, v in nested.items()
+            for name, value in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}).items()}
 
 
 def _check_same_run(saved: dict, run: Run, name: Path) -> None:
     "`ValueError` where a checkpoint's settings or data contradict those of the run that would resume it."
-    given = asdict(run.config)
-    flat = lambda d: {k: v for k, v in d.items() if k != "model"} | {f"model.{k}": v for k, v in d["model"].items()}
-    old, new = flat(saved["config"]) | {"data": saved["data"]}, flat(given) | {"data": _data(run)}
+    old = _flat(saved["config"] | {"data": saved["data"]})
+    new = _flat(asdict(run.config) | {"data": run.data})
     wrong = [key for key in new if key not in FREE_ON_RESUME and key in old and old[key] != new[key]]
     if wrong: raise ValueError(f"{name} contradicts the configuration: {wrong[0]} was {old[wrong[0]]!r} and is now "
                                f"{new[wrong[0]]!r}; resume with the old value, or start a run under another name")
@@ -930,6 +1044,7 @@ def _restore_run(run: Run, file: Path, state: dict) -> None:
     _restore(state, run.model, run.optimizer, file)
     run.step = run.saved_step = run.settled = state["iteration"]
     run.tokens, run.losses, run.grad_norm = state["tokens"], list(state["losses"]), state["grad_norm"]
+    if "watch" in state: run.watch, run.good_step = restored_watch(run.watch.window, state["watch"]), state["good_step"]
     run.clock = Clock(state["seconds"])
     run.clock.tokens = run.tokens
     random = state["random"]
@@ -954,6 +1069,16 @@ def _fill_folder(run: Run, asked: TrainConfig) -> None:
     log = run.folder / "log.jsonl"
     if not log.exists() or not log.stat().st_size: append_log(run, _header(run))
 
+# %% ../nbs/11_training.ipynb #58c091f5
+def _check_disk(run: Run) -> None:
+    "`OSError` where the disk has no room for the run's checkpoints."
+    there = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())
+    size = 12 * sum(p.numel() for p in run.model.parameters())
+    new = max(1, run.config.keep_checkpoints + 1 - len(list_checkpoints(run.folder)))
+    if (free := shutil.disk_usage(there).free) < new * size:
+        raise OSError(f"{there} has {free / 1e9:.2f} GB free, but {new} checkpoints of {size / 1e9:.2f} GB are to "
+                      "come; make room, choose another runs_dir, or lower keep_checkpoints")
+
 # %% ../nbs/11_training.ipynb #7cfebdb5
 def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None = None) -> Run:
     "A new run in a new folder, or one taken up again. All that can be wrong is found before anything is written."
@@ -963,7 +1088,11 @@ def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None 
     if resume and not folder.is_dir(): raise FileNotFoundError(f"no run to resume in {folder}; start it without resume")
     found = newest_checkpoint(folder) if resume else None
     if found and asked.precision == "auto": asked = replace(asked, precision=found[1]["config"]["precision"])
-    run = build_run(resolve_config(asked), parts)
+    resolved = resolve_config(asked)
+    check_memory(resolved)
+    if resolved.tensorboard: summary_writer()  # that it is installed shall be known now
+    run = build_run(resolved, parts)
+    _check_disk(run)
     if resume: _take_up(run, found)
     _fill_folder(run, asked)
     return run
@@ -1057,12 +1186,22 @@ def _out_of_memory(run: Run) -> ValueError:
                       f"eval_batch_size {run.config.eval_batch_size}; lower them and start the run anew")
 
 # %% ../nbs/11_training.ipynb #a36a4fd8
+def _keep_good_checkpoints(run: Run) -> None:
+    "Delete what a diverging run saved after its last good checkpoint, if there is one."
+    files = {step_of(file): file for file in list_checkpoints(run.folder)}
+    if run.good_step in files:
+        for step, file in files.items():
+            if step > run.good_step: file.unlink()
+
+# %% ../nbs/11_training.ipynb #f3696f70
 def _train_to_an_end(run: Run, stop: StopRequest, bar: tqdm) -> TrainResult:
     "Advance, and write down how it ended."
     try:
         try: advance(run, stop, bar)
         finally: finish_saving(run)
-    except Diverged as error: return _end(run, "diverged", str(error))
+    except Diverged as error:
+        _keep_good_checkpoints(run)
+        return _end(run, "diverged", str(error))
     except BaseException as error:
         _end(run, "interrupted", f"{type(error).__name__}: {error}")
         if isinstance(error, torch.OutOfMemoryError): raise _out_of_memory(run) from error
@@ -1085,6 +1224,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, p
         with (float32_products(run.config.precision), StopRequest() as stop,
               _bar(progress, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
             run.listeners = [partial(_show, bar), *([on_record] if on_record else [])]
+            if run.config.tensorboard: run.listeners.append(TensorBoardWriter(run.folder / "tensorboard", run.step))
             return _train_to_an_end(run, stop, bar)
 
 # %% ../nbs/11_training.ipynb #c26071c5
@@ -1092,6 +1232,59 @@ def _show(bar: tqdm, record: dict) -> None:
     if record["kind"] != "step": return
     mfu = f", {record['mfu']:.0%} MFU" if record["mfu"] else ""
     bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}")
+
+# %% ../nbs/11_training.ipynb #b5a84b79
+def summary_writer() -> type:
+    "TensorBoard's writer. `ValueError` where it is not installed."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is not installed: pip install 'cs336_lm[tensorboard]', or leave it off") from None
+    return SummaryWriter
+
+
+class TensorBoardWriter:
+    "A listener that writes the numbers of step and eval lines into `folder` for TensorBoard, going on after `step`."
+    def __init__(self, folder: str | os.PathLike, step: int = 0) -> None:
+        self.writer = summary_writer()(str(folder), purge_step=step + 1 if step else None)
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] == "end": self.writer.close()
+        if record["kind"] not in ("step", "eval"): return
+        for name, value in record.items():
+            if name == "block_rms": value = dict(enumerate(value))
+            values = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            for key, number in values.items():
+                if isinstance(number, (int, float)) and key != "step":
+                    self.writer.add_scalar(f"{record['kind']}/{key}", number, record["step"])
+
+# %% ../nbs/11_training.ipynb #e154c937
+class LivePlot:
+    "A listener that draws the losses of a run in a notebook, in place, at most every `seconds`."
+    def __init__(self, seconds: float = 2.0) -> None:
+        try: from IPython.display import Image, display
+        except ImportError: raise ValueError("a live plot needs a notebook (IPython); take the progress bar") from None
+        self.image, self.display, self.seconds = Image, display, seconds
+        self.curves, self.handle, self.drawn = {"step": [], "eval": []}, None, -math.inf
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] in self.curves: self.curves[record["kind"]].append((record["step"], record["loss"]))
+        now = time.monotonic()
+        if record["kind"] != "end" and now < self.drawn + self.seconds: return
+        image, self.drawn = self.image(data=self.picture()), now
+        if self.handle is None: self.handle = self.display(image, display_id=True)
+        else: self.handle.update(image)
+
+    def picture(self) -> bytes:
+        "The curves so far as PNG."
+        from matplotlib.figure import Figure
+        figure, file = Figure(figsize=(6.5, 3.2), layout="constrained"), io.BytesIO()
+        axes = figure.subplots()
+        for kind, style, label in ("step", "-", "training"), ("eval", "o", "validation"):
+            axes.plot(*zip(*self.curves[kind]) if self.curves[kind] else ([], []), style, label=label, markersize=4)
+        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.legend(frameon=False)
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
 
 # %% ../nbs/11_training.ipynb #ed7a9434
 def train_many(configs: Iterable[TrainConfig], *, progress: bool = True) -> Iterator[TrainResult]:
