@@ -25,6 +25,7 @@ from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
+from .layers import swiglu_d_ff
 from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
                                    token_losses)
 from .tokenizer import Tokenizer
@@ -36,10 +37,10 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'LOG_SCHEMA', 'FREE_ON_RESUME', '
            'pick_device', 'resolve_config', 'float32_products', 'autocast', 'current_device', 'device_name',
            'peak_flops', 'TokenRows', 'open_rows', 'to_device', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device',
            'training_loss', 'evaluation_sums', 'evaluate', 'network_norms', 'Clock', 'Run', 'TrainStep', 'GraphedStep',
-           'TrainParts', 'build_run', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'Diverged',
-           'send', 'receive', 'settle', 'append_log', 'log_step', 'list_checkpoints', 'save_run', 'finish_saving',
-           'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation', 'advance', 'TrainResult', 'train',
-           'train_many', 'load_model']
+           'initial_model', 'TrainParts', 'build_run', 'learning_rate', 'next_step', 'to_host', 'runs_behind',
+           'arrival', 'Diverged', 'send', 'receive', 'settle', 'append_log', 'log_step', 'list_checkpoints', 'save_run',
+           'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation', 'advance',
+           'TrainResult', 'train', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -158,6 +159,7 @@ class TrainConfig:
     max_lr: float = 3e-3  # learning rate after the warmup
     min_lr: float = 3e-4  # learning rate of the last step
     warmup_steps: int = 200  # steps of linear rise from 0
+    cosine_steps: int | None = None  # the step from which on the rate is min_lr; default: the last
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay of the two moments
     eps: float = 1e-8  # AdamW's guard against division by zero
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
@@ -204,6 +206,9 @@ def _check_config(config: TrainConfig) -> None:
     for names, holds, need in _RULES:
         for name in names.split():
             if not holds(value := getattr(config, name)): raise ValueError(f"{name} is {value!r}, but must be {need}")
+    if config.cosine_steps is not None and not config.warmup_steps < config.cosine_steps <= config.steps:
+        raise ValueError(f"cosine_steps is {config.cosine_steps}, but must be above warmup_steps, {config.warmup_steps}, "
+                         f"and at most steps, {config.steps}")
     if config.warmup_steps >= config.steps:
         raise ValueError(f"warmup_steps is {config.warmup_steps}, but must be below steps, {config.steps}")
     if config.min_lr > config.max_lr:
@@ -647,6 +652,18 @@ class GraphedStep:
         self.graph = graph
 
 # %% ../nbs/11_training.ipynb #f3b1d36b
+def initial_model(config: ModelConfig, seed: int) -> TransformerLM:
+    "The model with the weights of a seed, drawn on the CPU; without a gate, what it shares with the gated one is the same."
+    torch.manual_seed(seed)
+    model = TransformerLM(config)
+    if config.ffn == "swiglu": return model
+    torch.manual_seed(seed)
+    gated = TransformerLM(replace(config, ffn="swiglu", d_ff=swiglu_d_ff(config.d_model))).state_dict()
+    own = model.state_dict()
+    model.load_state_dict(own | {k: v for k, v in gated.items() if k in own and own[k].shape == v.shape})
+    return model
+
+# %% ../nbs/11_training.ipynb #2d8a5095
 @dataclass
 class TrainParts:
     "The model's memory, its compiled functions and tokens on the device, taken from one run to the next by `train`."
@@ -661,8 +678,7 @@ class TrainParts:
         "Make the parts fit a run: the model gets the weights of its seed, the rest is made anew where it must be."
         needs = (config.model, config.device, config.compile, config.precision, config.batch_size, config.micro_batch,
                  config.eval_batch_size, config.rows)
-        torch.manual_seed(config.seed)
-        fresh = TransformerLM(config.model)  # on the CPU, so that the weights are the same for every device
+        fresh = initial_model(config.model, config.seed)
         if self.made_for == needs: return self._refill(fresh)
         if config.compile != "off": torch.compiler.reset()  # it keeps eight variants of a function and then gives up
         self.made_for, self.model = needs, fresh.to(config.device)
@@ -704,7 +720,8 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None) -> Run:
 # %% ../nbs/11_training.ipynb #409710e4
 def learning_rate(config: TrainConfig, step: int) -> float:
     "The rate of a step, counted from 1."
-    return float(cosine_schedule(step, config.max_lr, config.min_lr, config.warmup_steps, config.steps))
+    return float(cosine_schedule(step, config.max_lr, config.min_lr, config.warmup_steps,
+                                 config.cosine_steps or config.steps))
 
 
 def next_step(run: Run) -> None:
