@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 'RUNS', 'LONG_SENTENCE', 'RunLog', 'read_log',
-           'thin', 'without_folders', 'record_run', 'styled', 'save_figure', 'column', 'caption', 'draw_loss',
-           'plot_loss', 'plot_demo', 'log_loss_axis', 'plot_tinystories_9mb', 'FigureRecipe', 'draw_figures',
-           'read_record', 'Recipe', 'Prepared', 'prepare_tokenizer', 'prepare_tokens', 'prepare', 'run_config',
-           'run_experiment', 'NgramModel', 'histories', 'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over',
-           'long_sentences', 'longest_run', 'text_measures', 'counted_losses', 'is_story', 'story_measures',
-           'training_measures', 'draw_samples', 'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text',
-           'finish_demo', 'step_seconds', 'quickest_threads', 'train_demo', 'demo', 'experiment_log', 'experiment_row']
+           'thin', 'without_folders', 'rounded', 'record_run', 'styled', 'save_figure', 'column', 'caption',
+           'draw_loss', 'plot_loss', 'plot_demo', 'log_loss_axis', 'plot_tinystories_9mb', 'FigureRecipe',
+           'draw_figures', 'read_record', 'Recipe', 'Prepared', 'prepare_tokenizer', 'prepare_tokens', 'prepare',
+           'run_config', 'run_experiment', 'NgramModel', 'histories', 'ngram_losses', 'verbatim_runs', 'demo_recipe',
+           'start_over', 'long_sentences', 'longest_run', 'text_measures', 'counted_losses', 'is_story',
+           'story_measures', 'training_measures', 'draw_samples', 'measure_demo', 'loss_lines', 'text_lines',
+           'demo_report', 'wrap_text', 'finish_demo', 'step_seconds', 'quickest_threads', 'train_demo', 'demo',
+           'experiment_log', 'experiment_row']
 
 # %% ../nbs/13_experiments.ipynb #8525d401
 import json, math, re, shutil, statistics, textwrap, time
@@ -104,17 +105,26 @@ def without_folders(config: Mapping) -> dict:
     return {k: Path(v).name if k in paths and v else v for k, v in config.items()}
 
 # %% ../nbs/13_experiments.ipynb #b8e28b9f
-def record_run(run: str | Path, records: str | Path = "figures/runs", most_steps: int = 500) -> Path:
+def rounded(value: object, digits: int) -> object:
+    "The fractions in a record, also in its lists, to so many significant digits."
+    if isinstance(value, dict): return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, list): return [rounded(v, digits) for v in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) and math.isfinite(value) else value
+
+# %% ../nbs/13_experiments.ipynb #a1da2f8e
+def record_run(run: str | Path, records: str | Path = "figures/runs", most_steps: int = 500,
+               digits: int | None = None) -> Path:
     """Write the record `records`/NAME.jsonl of a run folder and return its path.
 
     Header (paths reduced to names), at most `most_steps` steps, all evaluations, the measures of `report.json` if there
-    is one, the end.
+    is one, the end. `digits`: significant ones of the numbers in steps and evaluations; default: all.
     """
     run, log = Path(run), read_log(run)
     report = run / "report.json"
     measures = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     header = log.header | {"config": without_folders(log.header["config"])}
     curve = sorted(thin(log.steps, most_steps) + log.evals, key=lambda r: (r["step"], r["kind"] == "eval"))
+    if digits: curve = [rounded(row, digits) for row in curve]
     rows = [header, *curve, *({"kind": "measure", "name": k, "value": v} for k, v in measures.items()),
             *([log.end] if log.end else [])]
     target = Path(records) / f"{log.name}.jsonl"

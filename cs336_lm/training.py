@@ -168,7 +168,7 @@ class TrainConfig:
     eval_every: int = 500  # steps between evaluations on the whole validation file; 0: only at the end
     eval_batch_size: int = 64  # rows at once in evaluation; changes speed and memory only
     checkpoint_every: int = 1_000  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2  # the newest so many stay
+    keep_checkpoints: int = 2  # the newest so many stay; 0: none is written
     log_every: int = 10  # steps between log lines
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA, else fp32
@@ -186,8 +186,8 @@ def _real(holds: Callable) -> Callable[[object], bool]: return lambda v: isinsta
 _RULES = [
     ("name", lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.+=-]*", v),
      "letters, digits and . _ + = - only, as it names a folder"),
-    ("batch_size steps eval_batch_size keep_checkpoints log_every", _whole(1), "a whole number of at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every", _whole(0), "a whole number of at least 0"),
+    ("batch_size steps eval_batch_size log_every", _whole(1), "a whole number of at least 1"),
+    ("warmup_steps seed eval_every checkpoint_every keep_checkpoints", _whole(0), "a whole number of at least 0"),
     ("max_lr max_grad_norm eps", _real(lambda v: v > 0), "above 0"),
     ("min_lr weight_decay", _real(lambda v: v >= 0), "at least 0"),
     ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
@@ -1034,7 +1034,8 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
     while True:
         if _is_due(run.step, config.eval_every, config.steps): record_evaluation(run, stop, progress=not bar.disable)
         ending = run.step == config.steps or stop.reason is not None
-        if run.step != (run.saved_step or 0) and (ending or _is_due(run.step, config.checkpoint_every, config.steps)):
+        due = ending or _is_due(run.step, config.checkpoint_every, config.steps)
+        if due and config.keep_checkpoints and run.step != (run.saved_step or 0):
             with run.clock.pause(): save_run(run)
         if ending: return
         next_step(run)
