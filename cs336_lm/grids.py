@@ -9,7 +9,8 @@ __all__ = ['BUDGETS', 'VARIANTS', 'ABLATION_RATES', 'GRIDS', 'RUNS', 'SOURCES', 
            'paired_difference', 'unigram_entropy', 'is_diverged', 'GridLog', 'grid_logs', 'losses_by_rate',
            'best_rates', 'best_rate', 'compare_variants', 'largest_stable_rate', 'RateFit', 'fit_minimum',
            'prepare_cells', 'cell_config', 'measure_cell', 'run_cell', 'more_cells', 'stages', 'Queue', 'shape_of',
-           'Pace', 'work', 'pack_records', 'main', 'smoothed', 'as_grid', 'rate_colours', 'draw_rates',
+           'Pace', 'work', 'pack_records', 'main', 'sharpness', 'gradient_noise', 'critical_batch', 'adam_scales',
+           'analyse_cell', 'distinct', 'copied', 'text_loss', 'smoothed', 'as_grid', 'rate_colours', 'draw_rates',
            'plot_learning_rate', 'grid_caption', 'draw_band', 'plot_ablation', 'plot_ablation_grid', 'batch_of',
            'best_of_batches', 'speed', 'plot_batch_size']
 
@@ -34,11 +35,11 @@ from torch import Tensor, nn
 from .corpora import END_OF_TEXT, FILES, Corpus, data_dir, read_documents, write_aside
 from .dataset import IGNORE_INDEX, TokenFile, document_starts, open_tokens, read_token_file
 from .experiments import (FIGURES, LINE_STYLES, PALETTE, RUNS, FigureRecipe, Prepared, Recipe, RunLog, caption,
-                                  column, prepare, read_log, record_run, run_config, styled)
+                                  column, prepare, read_log, record_run, run_config, styled, verbatim_runs)
 from .optimization import cross_entropy, token_losses
 from .tokenizer import Tokenizer
-from .training import (TokenRows, TrainConfig, TrainParts, autocast, load_model, open_rows, resolve_config, to_device,
-                               train)
+from .training import (TokenRows, TrainConfig, TrainParts, autocast, learning_rate, list_checkpoints, open_rows,
+                               read_checkpoint, resolve_config, to_device, train)
 from .transformer import PRESETS, ModelConfig, TransformerLM
 
 # %% ../nbs/14_learning_rate.ipynb #be214448
@@ -691,6 +692,119 @@ def _watch(workers: Sequence[subprocess.Popen], args, began: float, every: float
         if args.archive: pack_records(args.records, args.archive)
         if time.monotonic() - began > 60 * args.minutes + 40: [w.kill() for w in workers if w.poll() is None]
     if args.archive: print(f"{pack_records(args.records, args.archive)} files in {args.archive}", flush=True)
+
+# %% ../nbs/14_learning_rate.ipynb #98d1ab95
+def sharpness(model: nn.Module, inputs: Tensor, targets: Tensor, *, scales: Sequence[Tensor] | None = None,
+              iterations: int = 20, seed: int = 0) -> float:
+    """The Hessian's eigenvalue of largest size for the mean loss of a batch, by power iteration.
+
+    With `scales` (a tensor a parameter, s) that of the matrix s H s: for Adam's, s = D ** -0.5."""
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    v = [torch.randn(p.shape, generator=generator).to(p.device) for p in parameters]
+    gradients = torch.autograd.grad(cross_entropy(model(inputs), targets), parameters, create_graph=True)
+    scaled = lambda u: u if scales is None else [a * b for a, b in zip(u, scales)]
+    for _ in range(iterations):
+        length = torch.stack([x.square().sum() for x in v]).sum().sqrt()
+        v = [x / length for x in v]
+        product = torch.autograd.grad(gradients, parameters, grad_outputs=scaled(v), retain_graph=True)
+        product = scaled([p.detach() for p in product])
+        value, v = sum((a * b).sum() for a, b in zip(v, product)), product
+    return float(value)
+
+# %% ../nbs/14_learning_rate.ipynb #c3aa48bc
+def gradient_noise(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """`signal` |G|^2, `noise` tr(Sigma) of a row, and `scale` = noise / signal in rows, from two or more batches of equal
+    size. The scale is inf where the signal is not above zero: more batches are needed."""
+    total, squares, n = None, 0.0, 0
+    for inputs, targets in batches:
+        model.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        total = gradient.clone() if total is None else total.add_(gradient)
+        squares, n, rows = squares + float(gradient.double().square().sum()), n + 1, len(inputs)
+    model.zero_grad()
+    small, large = squares / n, float((total / n).double().square().sum())
+    signal = (n * large - small) / (n - 1)
+    noise = (small - large) / (1 / rows - 1 / (n * rows))
+    return {"signal": signal, "noise": noise, "scale": noise / signal if signal > 0 else math.inf, "rows": rows, "batches": n}
+
+
+def critical_batch(record: Mapping) -> float:
+    "The noise scale at the last measured step of a record of `analyse_cell`, in tokens."
+    last = record["points"][-1]
+    return last["noise_scale"] * record["context_length"]
+
+# %% ../nbs/14_learning_rate.ipynb #f45db910
+def adam_scales(checkpoint: Mapping, model: nn.Module) -> list[Tensor]:
+    "D ** -0.5 of Adam's preconditioner in a checkpoint, a tensor a parameter of `model`."
+    optimizer, device = checkpoint["optimizer"], next(model.parameters()).device
+    group = optimizer["param_groups"][0]
+    scales = []
+    for i in group["params"]:
+        state = optimizer["state"][i]
+        corrected = state["exp_avg_sq"].to(device) / (1 - group["betas"][1] ** checkpoint["iteration"])
+        scales.append((corrected.sqrt() + group["eps"]).rsqrt())
+    return scales
+
+# %% ../nbs/14_learning_rate.ipynb #cb3fff98
+def analyse_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs", points: int = 10, rows: int = 32,
+                 noise_batches: int = 64, iterations: int = 20, device: str = "auto", changes: Mapping | None = None) -> dict:
+    """Train a cell with checkpoints on the way; at each, sharpness (plain, and with Adam's scales) and noise scale.
+
+    `rows` rows a batch; uncompiled, float32, chapter 07's own attention. The record: {"points": [{"step", "lr",
+    "loss", "sharpness", "adam_sharpness", "noise_scale"}], ...}."""
+    config = cell_config(cell, prepared, runs_dir, changes)
+    every = max(1, config.steps // points)
+    config = replace(config, name=f"{cell.name}-checkpoints", checkpoint_every=every, keep_checkpoints=points + 1)
+    folder = Path(runs_dir) / config.name
+    train(config, resume=folder.exists(), progress=False)
+    where = torch.device(resolve_config(replace(config, device=device)).device)
+    data = open_rows(config.train_tokens, config.model)
+    found = [_analyse_checkpoint(path, config, data, where, rows, noise_batches, iterations)
+             for path in reversed(list_checkpoints(folder))]
+    return {"run": cell.name, "rate": cell.rate, "betas": config.betas, "rows": rows, "noise_batches": noise_batches,
+            "context_length": config.model.context_length, "header": read_log(folder).header["device"], "points": found}
+
+
+def _analyse_checkpoint(path: Path, config: TrainConfig, data: TokenRows, where: torch.device, rows: int,
+                        noise_batches: int, iterations: int) -> dict:
+    checkpoint = read_checkpoint(path)
+    model = TransformerLM(replace(config.model, attention="clear"))
+    model.load_state_dict(checkpoint["model"])
+    model.to(where)
+    step, batch = checkpoint["iteration"], lambda i: to_device(data.batch(rows, 1_000_003, i), where)  # never trained on in order
+    inputs, targets = batch(0)
+    with torch.no_grad(): loss = float(cross_entropy(model(inputs), targets))
+    scales = adam_scales(checkpoint, model)
+    return {"step": step, "lr": learning_rate(config, step), "loss": loss,
+            "sharpness": sharpness(model, inputs, targets, iterations=iterations),
+            "adam_sharpness": sharpness(model, inputs, targets, scales=scales, iterations=iterations),
+            "noise_scale": gradient_noise(model, (batch(1 + i) for i in range(noise_batches)))["scale"]}
+
+# %% ../nbs/14_learning_rate.ipynb #2d1699a6
+def distinct(texts: Iterable[str], n: int) -> float:
+    "The share of distinct ones among all runs of `n` words of the texts; NaN where there is none."
+    runs = [tuple(words[i:i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else math.nan
+
+
+def copied(texts: Sequence[str], documents: Iterable[str], n: int = 8) -> float:
+    "The share of runs of `n` words of the texts that stand word for word in one of `documents`."
+    starts = [lengths[:max(0, len(lengths) - n + 1)] for lengths in verbatim_runs(texts, documents)]
+    together = np.concatenate(starts) if starts else np.zeros(0)
+    return float((together >= n).mean()) if len(together) else math.nan
+
+
+@torch.no_grad()
+def text_loss(model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    "Mean loss in nats a token of texts, each read from a document's beginning and no further than the context length."
+    device, separator = next(model.parameters()).device, tokenizer.token_to_id(END_OF_TEXT)
+    losses = []
+    for text in texts:
+        ids = torch.tensor([separator, *tokenizer.encode(text)][:model.config.context_length + 1], device=device)
+        if len(ids) > 1: losses.append(token_losses(model(ids[None, :-1]), ids[None, 1:]).reshape(-1).float())
+    return float(torch.cat(losses).mean()) if losses else math.nan
 
 # %% ../nbs/14_learning_rate.ipynb #618663d2
 def smoothed(values: np.ndarray, width: int = 9) -> np.ndarray:
