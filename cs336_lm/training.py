@@ -25,6 +25,7 @@ from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
+from .kernels import fused_training_loss, kernels_fit, use_kernels
 from .layers import swiglu_d_ff
 from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
                                    token_losses)
@@ -174,6 +175,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA, else fp32
     compile: Literal["auto", "off", "inductor", "aot_eager"] = "auto"  # auto: inductor on CUDA, off on CPU
     graph: Literal["auto", "on", "off"] = "auto"  # record the step as a CUDA graph; auto: on CUDA, if compiled
+    kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's kernels, residual stream in bf16; auto: where they fit
     runs_dir: str = "runs"  # where run folders go
 
     def __post_init__(self) -> None: _check_config(self)
@@ -194,7 +196,7 @@ _RULES = [
     ("rows", ("stream", "documents").__contains__, "'stream' or 'documents'"),
     ("precision", ("auto", "fp32", "tf32", "bf16").__contains__, "'auto', 'fp32', 'tf32' or 'bf16'"),
     ("compile", ("auto", "off", "inductor", "aot_eager").__contains__, "'auto', 'off', 'inductor' or 'aot_eager'"),
-    ("graph", ("auto", "on", "off").__contains__, "'auto', 'on' or 'off'"),
+    ("graph kernels", ("auto", "on", "off").__contains__, "'auto', 'on' or 'off'"),
     ("micro_batch", lambda v: v is None or _whole(1)(v), "a whole number of at least 1"),
 ]
 
@@ -262,7 +264,10 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
     compile = backend if config.compile == "auto" else config.compile
     graph = config.graph if config.graph != "auto" else "on" if device.type == "cuda" and compile != "off" else "off"
     if graph == "on" and device.type != "cuda": raise ValueError("graph 'on' exists on CUDA only; use 'auto' or 'off'")
-    return replace(config, device=str(device), precision=precision, compile=compile, graph=graph)
+    fit = kernels_fit(config.model, device, precision)
+    if config.kernels == "on" and not fit: raise ValueError("kernels 'on' needs CUDA, Triton, bf16 and heads 16 to 128 wide; use 'auto'")
+    kernels = config.kernels if config.kernels != "auto" else "on" if fit else "off"
+    return replace(config, device=str(device), precision=precision, compile=compile, graph=graph, kernels=kernels)
 
 # %% ../nbs/11_training.ipynb #a6a93d48
 @contextmanager
@@ -677,12 +682,13 @@ class TrainParts:
     def fit(self, config: TrainConfig) -> None:
         "Make the parts fit a run: the model gets the weights of its seed, the rest is made anew where it must be."
         needs = (config.model, config.device, config.compile, config.precision, config.batch_size, config.micro_batch,
-                 config.eval_batch_size, config.rows)
+                 config.eval_batch_size, config.rows, config.kernels)
         fresh = initial_model(config.model, config.seed)
         if self.made_for == needs: return self._refill(fresh)
         if config.compile != "off": torch.compiler.reset()  # it keeps eight variants of a function and then gives up
         self.made_for, self.model = needs, fresh.to(config.device)
-        self.loss_function = _compiled(training_loss, config.compile)
+        use_kernels(self.model, config.kernels == "on")
+        self.loss_function = _compiled(fused_training_loss if config.kernels == "on" else training_loss, config.compile)
         self.evaluation_function = _compiled(evaluation_sums, config.compile)
         self.update = _compiled(adamw_update_capturable, config.compile)
 
@@ -897,7 +903,7 @@ def _random(device: torch.device) -> dict[str, Tensor]:
 # %% ../nbs/11_training.ipynb #5ca1b09d
 # Settings that a resumed run may change, as they leave the weights alone. Data and tokenizer are compared by content.
 FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_every", "eval_batch_size",
-                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "graph", "micro_batch",
+                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph", "micro_batch",
                   "runs_dir"}
 
 
