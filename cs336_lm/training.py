@@ -31,6 +31,7 @@ from .distributed import (ModelCall, World, any_rank, bare_model, clip_gradients
                                   on_rank_0, own_rows, processes, rank_bytes, rank_slice, read_shards, read_world,
                                   save_shards, spread_state, sum_over_ranks, target_share)
 from .kernels import fused_training_loss, kernels_fit, use_kernels
+from .layers import swiglu_d_ff
 from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
                                    token_losses)
 from .tokenizer import Tokenizer
@@ -43,12 +44,13 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE'
            'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
            'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'call_model',
            'evaluate', 'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
-           'TrainStep', 'GraphedStep', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision', 'can_be_recorded',
-           'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged', 'LossWatch',
-           'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle', 'append_log', 'log_step',
-           'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'finish_saving', 'newest_checkpoint',
-           'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train',
-           'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
+           'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
+           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged',
+           'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle', 'append_log',
+           'log_step', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'finish_saving',
+           'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance',
+           'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many',
+           'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -164,6 +166,7 @@ class TrainConfig:
     batch_size: int = 256  # rows a step
     micro_batch: int = 0  # rows at once, their gradients added up: saves memory; 0: all
     steps: int = 5_000  # optimizer steps; they end the run and the learning rate's cycle
+    cosine_steps: int | None = None  # the step from which on the rate is min_lr; default: the last
     max_lr: float = 3e-3  # learning rate after the warmup
     min_lr: float = 3e-4  # learning rate of the last step
     warmup_steps: int = 200  # steps of linear rise from 0
@@ -175,7 +178,7 @@ class TrainConfig:
     eval_every: int = 500  # steps between evaluations on the whole validation file; 0: only at the end
     eval_batch_size: int = 64  # rows at once in evaluation; changes speed and memory only
     checkpoint_every: int = 1_000  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2  # the newest so many stay
+    keep_checkpoints: int = 2  # the newest so many stay; 0: none is written
     log_every: int = 10  # steps between log lines
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA, else fp32
@@ -197,8 +200,9 @@ def _real(holds: Callable) -> Callable[[object], bool]: return lambda v: isinsta
 _RULES = [
     ("name", lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.+=-]*", v),
      "letters, digits and . _ + = - only, as it names a folder"),
-    ("batch_size steps eval_batch_size keep_checkpoints log_every", _whole(1), "a whole number of at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every micro_batch", _whole(0), "a whole number of at least 0"),
+    ("batch_size steps eval_batch_size log_every", _whole(1), "a whole number of at least 1"),
+    ("warmup_steps seed eval_every checkpoint_every keep_checkpoints micro_batch", _whole(0),
+     "a whole number of at least 0"),
     ("max_lr max_grad_norm eps", _real(lambda v: v > 0), "above 0"),
     ("min_lr weight_decay memory_gb", _real(lambda v: v >= 0), "at least 0"),
     ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
@@ -219,6 +223,9 @@ def _check_config(config: TrainConfig) -> None:
             if not holds(value := getattr(config, name)): raise ValueError(f"{name} is {value!r}, but must be {need}")
     if config.warmup_steps >= config.steps:
         raise ValueError(f"warmup_steps is {config.warmup_steps}, but must be below steps, {config.steps}")
+    if config.cosine_steps is not None and not config.warmup_steps < config.cosine_steps <= config.steps:
+        raise ValueError(f"cosine_steps is {config.cosine_steps}, but must be above warmup_steps, {config.warmup_steps}, "
+                         f"and at most steps, {config.steps}")
     if config.min_lr > config.max_lr:
         raise ValueError(f"min_lr is {config.min_lr}, but must be at most max_lr, {config.max_lr}")
     if config.batch_size % (config.micro_batch or config.batch_size):
@@ -738,6 +745,18 @@ class GraphedStep:
         self.graph = graph
 
 # %% ../nbs/11_training.ipynb #f3b1d36b
+def initial_model(config: ModelConfig, seed: int) -> TransformerLM:
+    "The model with the weights of a seed, drawn on the CPU; without a gate, what it shares with the gated one is the same."
+    torch.manual_seed(seed)
+    model = TransformerLM(config)
+    if config.ffn == "swiglu": return model
+    torch.manual_seed(seed)
+    gated = TransformerLM(replace(config, ffn="swiglu", d_ff=swiglu_d_ff(config.d_model))).state_dict()
+    own = model.state_dict()
+    model.load_state_dict(own | {k: v for k, v in gated.items() if k in own and own[k].shape == v.shape})
+    return model
+
+# %% ../nbs/11_training.ipynb #f743b950
 @dataclass
 class TrainParts:
     "The model's memory, its compiled functions and tokens on the device, taken from one run to the next by `train`."
@@ -752,8 +771,7 @@ class TrainParts:
         "Make the parts fit a run: the model gets the weights of its seed, the rest is made anew where it must be."
         needs = (config.model, config.device, config.compile, config.precision, config.batch_size, config.micro_batch,
                  config.eval_batch_size, config.rows, config.kernels)
-        torch.manual_seed(config.seed)
-        fresh = TransformerLM(config.model)  # on the CPU, so that the weights are the same for every device
+        fresh = initial_model(config.model, config.seed)
         if self.made_for == needs and world.size == 1: return self._refill(fresh)
         if config.compile != "off": torch.compiler.reset()  # it keeps eight variants of a function and then gives up
         self.made_for, self.model = needs, fresh
@@ -818,7 +836,8 @@ def can_be_recorded(config: TrainConfig, world: World) -> bool:
 # %% ../nbs/11_training.ipynb #409710e4
 def learning_rate(config: TrainConfig, step: int) -> float:
     "The rate of a step, counted from 1."
-    return float(cosine_schedule(step, config.max_lr, config.min_lr, config.warmup_steps, config.steps))
+    return float(cosine_schedule(step, config.max_lr, config.min_lr, config.warmup_steps,
+                                 config.cosine_steps or config.steps))
 
 
 def next_step(run: Run) -> None:
@@ -1169,6 +1188,7 @@ def _fill_folder(run: Run, asked: TrainConfig) -> None:
 # %% ../nbs/11_training.ipynb #58c091f5
 def _check_disk(run: Run) -> None:
     "`OSError` where the disk has no room for the run's checkpoints."
+    if not run.config.keep_checkpoints: return
     there = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())
     size = 12 * sum(p.numel() for p in TransformerLM(run.config.model, device="meta").parameters())
     new = max(1, run.config.keep_checkpoints + 1 - len(list_checkpoints(run.folder)))
@@ -1276,7 +1296,8 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
     while True:
         if _is_due(run.step, config.eval_every, config.steps): record_evaluation(run, stop, progress=not bar.disable)
         ending = is_asked_to_stop(run, stop) or run.step == config.steps
-        if run.step != (run.saved_step or 0) and (ending or _is_due(run.step, config.checkpoint_every, config.steps)):
+        due = ending or _is_due(run.step, config.checkpoint_every, config.steps)
+        if due and config.keep_checkpoints and run.step != (run.saved_step or 0):
             with run.clock.pause(): save_run(run)
         if ending: return
         next_step(run)
