@@ -453,15 +453,16 @@ class DeviceRows:
 
 # %% ../nbs/11_training.ipynb #585e510a
 class Prefetch:
-    "`make(step)`, made ahead of time by a thread for the `ahead` steps after the one asked for."
-    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], ahead: int = 4) -> None:
-        self.make, self.ahead, self.thread = make, ahead, ThreadPoolExecutor(1, "prefetch")
+    "`finish(make(step))`; a thread makes it ahead of time for the `ahead` steps after the one asked for."
+    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], finish: Callable = lambda batch: batch,
+                 ahead: int = 4) -> None:
+        self.make, self.finish, self.ahead, self.thread = make, finish, ahead, ThreadPoolExecutor(1, "prefetch")
         self.coming: dict[int, Future] = {}
 
     def __call__(self, step: int) -> tuple[Tensor, ...]:
         for s in range(step, step + self.ahead + 1):
             if s not in self.coming: self.coming[s] = self.thread.submit(self.make, s)
-        return self.coming.pop(step).result()
+        return self.finish(self.coming.pop(step).result())
 
     def close(self) -> None: self.thread.shutdown(wait=False, cancel_futures=True)
 
@@ -472,8 +473,7 @@ def batch_source(rows: TokenRows | DeviceRows, config: TrainConfig, world: World
     make = lambda step: tuple(t[own] for t in rows.batch(config.batch_size, config.seed, step))
     if isinstance(rows, DeviceRows): return make
     if device.type != "cuda": return lambda step: to_device(make(step), device)
-    ahead = Prefetch(lambda step: tuple(t.pin_memory() for t in make(step)))
-    return lambda step: to_device(ahead(step), device)
+    return Prefetch(lambda step: tuple(t.pin_memory() for t in make(step)), lambda batch: to_device(batch, device))
 
 
 def fits_device(tokens: np.ndarray, device: torch.device, planned: int) -> bool:
@@ -615,6 +615,12 @@ class Run:
 
     @property
     def device(self) -> torch.device: return torch.device(self.config.device)
+
+    def close(self) -> None:
+        "Give back at once what only this run needed: the recorded step's memory, gradients, the thread of batches."
+        self.train_step.work = self.train_step.step
+        self.train_step.model.zero_grad()
+        if isinstance(self.batch, Prefetch): self.batch.close()
 
 # %% ../nbs/11_training.ipynb #e3e7cd24
 def _compiled(function: Callable, backend: str) -> Callable:
@@ -845,7 +851,7 @@ def next_step(run: Run) -> None:
     step = run.step + 1
     inputs, targets = run.batch(step)
     loss, norm = run.train_step(inputs, targets, learning_rate(run.config, step))
-    run.pending.append(torch.stack([loss, norm, (targets != IGNORE_INDEX).sum().to(loss.dtype)]))
+    run.pending.append(torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()]))
     run.step = step
 
 # %% ../nbs/11_training.ipynb #7eaa0cb2
@@ -1371,7 +1377,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, p
             run.listeners = [partial(_show, bar), *([on_record] if on_record else [])]
             if run.config.tensorboard and world.writes:
                 run.listeners.append(TensorBoardWriter(run.folder / "tensorboard", run.step))
-            return _train_to_an_end(run, stop, bar)
+            try: return _train_to_an_end(run, stop, bar)
+            finally: run.close()
 
 # %% ../nbs/11_training.ipynb #1db9580f
 def connected(device: str):
