@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 benchmarks/distributed.py --compile           blocks (FSDP2) or the loss as a whole (DDP) compiled
 
 The reference runs on rank 0 alone with the whole batch, by chapters 08 and 09 only. Tokens a second count all ranks; the batch
-a rank is the same for one process and for many.
+a rank is the same for one process and for many (alone, the ranks train at the same time without a word to each other, and one counts).
 """
 import argparse, gc, json, os, platform, shutil, statistics, tempfile, time
 from contextlib import nullcontext
