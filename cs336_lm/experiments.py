@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 'RUNS', 'LONG_SENTENCE', 'RunLog', 'read_log',
-           'thin', 'without_folders', 'record_run', 'styled', 'save_figure', 'column', 'caption', 'draw_loss',
-           'plot_loss', 'plot_demo', 'log_loss_axis', 'plot_tinystories_9mb', 'FigureRecipe', 'draw_figures',
-           'read_record', 'Recipe', 'Prepared', 'prepare_tokenizer', 'prepare_tokens', 'prepare', 'run_config',
-           'run_experiment', 'NgramModel', 'histories', 'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over',
-           'long_sentences', 'longest_run', 'text_measures', 'counted_losses', 'is_story', 'story_measures',
-           'training_measures', 'draw_samples', 'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text',
-           'finish_demo', 'step_seconds', 'quickest_threads', 'train_demo', 'demo', 'experiment_log', 'experiment_row']
+           'thin', 'without_folders', 'rounded', 'record_run', 'styled', 'save_figure', 'column', 'caption',
+           'draw_loss', 'plot_loss', 'plot_demo', 'log_loss_axis', 'plot_tinystories_9mb', 'FigureRecipe',
+           'draw_figures', 'pending', 'pending_figures', 'figure_logs', 'read_record', 'Recipe', 'Prepared',
+           'prepare_tokenizer', 'prepare_tokens', 'prepare', 'run_config', 'run_experiment', 'NgramModel', 'histories',
+           'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over', 'long_sentences', 'longest_run',
+           'text_measures', 'counted_losses', 'is_story', 'story_measures', 'training_measures', 'draw_samples',
+           'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'step_seconds',
+           'quickest_threads', 'train_demo', 'demo', 'experiment_log', 'experiment_row']
 
 # %% ../nbs/13_experiments.ipynb #8525d401
 import json, math, re, shutil, statistics, textwrap, time
@@ -104,17 +105,26 @@ def without_folders(config: Mapping) -> dict:
     return {k: Path(v).name if k in paths and v else v for k, v in config.items()}
 
 # %% ../nbs/13_experiments.ipynb #b8e28b9f
-def record_run(run: str | Path, records: str | Path = "figures/runs", most_steps: int = 500) -> Path:
+def rounded(value: object, digits: int) -> object:
+    "The fractions in a record, also in its lists, to so many significant digits."
+    if isinstance(value, dict): return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, list): return [rounded(v, digits) for v in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) and math.isfinite(value) else value
+
+# %% ../nbs/13_experiments.ipynb #a1da2f8e
+def record_run(run: str | Path, records: str | Path = "figures/runs", most_steps: int = 500,
+               digits: int | None = None) -> Path:
     """Write the record `records`/NAME.jsonl of a run folder and return its path.
 
     Header (paths reduced to names), at most `most_steps` steps, all evaluations, the measures of `report.json` if there
-    is one, the end.
+    is one, the end. `digits`: significant ones of the numbers in steps and evaluations; default: all.
     """
     run, log = Path(run), read_log(run)
     report = run / "report.json"
     measures = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     header = log.header | {"config": without_folders(log.header["config"])}
     curve = sorted(thin(log.steps, most_steps) + log.evals, key=lambda r: (r["step"], r["kind"] == "eval"))
+    if digits: curve = [rounded(row, digits) for row in curve]
     rows = [header, *curve, *({"kind": "measure", "name": k, "value": v} for k, v in measures.items()),
             *([log.end] if log.end else [])]
     target = Path(records) / f"{log.name}.jsonl"
@@ -226,10 +236,11 @@ def plot_tinystories_9mb(logs: Sequence[RunLog]) -> Figure:
 # %% ../nbs/13_experiments.ipynb #1a86c9b3
 @dataclass(frozen=True)
 class FigureRecipe:
-    "How a figure is made: `plot` of the records of `runs`."
+    "How a figure is made: `plot` of the records of `runs`, and of those `more` runs that are recorded."
     plot: Callable[[Sequence[RunLog]], Figure]
     runs: tuple[str, ...]
     about: str
+    more: tuple[str, ...] = ()
 
 FIGURES: dict[str, FigureRecipe] = {
     "fig0_demo": FigureRecipe(plot_demo, ("demo",), "the demo's loss against steps and time, beside its yardsticks"),
@@ -241,15 +252,34 @@ def draw_figures(directory: str | Path = "figures", only: str | Iterable[str] | 
                  records: str | Path | None = None) -> list[Path]:
     """Draw the figures of `FIGURES` (or `only` some, by name) as PNG and SVG into `directory`; the files written.
 
-    They are drawn from the logs in `records` (default: `directory`/runs), the same bytes every time. ValueError for an
-    unknown name; FileNotFoundError, naming the run, where a record is missing.
+    They are drawn from the logs in `records` (default: `directory`/runs), the same bytes every time; without `only`,
+    those that lack a record (`pending_figures`) are left out. ValueError for an unknown name; FileNotFoundError, naming
+    the run, where a figure that was asked for lacks a record.
     """
-    names = list(FIGURES) if only is None else [only] if isinstance(only, str) else list(only)
+    folder = Path(directory) / "runs" if records is None else Path(records)
+    if only is None: only = [name for name in FIGURES if name not in pending_figures(folder)]
+    names = [only] if isinstance(only, str) else list(only)
     if unknown := [n for n in names if n not in FIGURES]:
         raise ValueError(f"there is no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
-    folder = Path(directory) / "runs" if records is None else Path(records)
-    logs = {name: [read_record(run, folder) for run in FIGURES[name].runs] for name in names}
+    logs = {name: figure_logs(FIGURES[name], folder) for name in names}
     return [path for name in names for path in save_figure(FIGURES[name].plot(logs[name]), Path(directory) / name)]
+
+# %% ../nbs/13_experiments.ipynb #16c275c8
+def pending(names: Iterable[str], records: str | Path = "figures/runs") -> list[str]:
+    "The runs that have no record yet."
+    return [name for name in names if not (Path(records) / f"{name}.jsonl").is_file()]
+
+
+def pending_figures(records: str | Path = "figures/runs") -> dict[str, list[str]]:
+    "The figures that cannot be drawn yet, with the runs whose records they lack."
+    missing = {name: pending(recipe.runs, records) for name, recipe in FIGURES.items()}
+    return {name: runs for name, runs in missing.items() if runs}
+
+
+def figure_logs(recipe: FigureRecipe, records: str | Path = "figures/runs") -> list[RunLog]:
+    "The records that a figure is drawn from; FileNotFoundError where one is missing."
+    there = [name for name in recipe.more if not pending([name], records)]
+    return [read_record(name, records) for name in (*recipe.runs, *there)]
 
 # %% ../nbs/13_experiments.ipynb #6ba1a8bf
 def read_record(name: str, records: str | Path = "figures/runs") -> RunLog:

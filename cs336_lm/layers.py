@@ -5,6 +5,7 @@
 # %% ../nbs/07_layers.ipynb #41983654
 from __future__ import annotations
 import math
+from collections.abc import Callable
 import torch
 import torch.nn.functional as F  # only for the fused attention kernel
 from torch import Tensor, nn
@@ -276,11 +277,13 @@ class CausalMultiHeadSelfAttention(nn.Module):
         super().__init__()
         check_heads(d_model, num_heads, kernel)
         self.num_heads, self.rope, self.kernel = num_heads, rope, kernel
+        self.fused: Callable | None = None  # chapter 09b's kernel, (self, x) -> output, for whole rows
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
             setattr(self, name, Linear(d_model, d_model, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, token_positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         "`token_positions` (..., time) for RoPE, by default counted on from what `cache` holds."
+        if self.fused and token_positions is None and cache is None: return self.fused(self, x)
         q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
             positions = positions_for_heads(token_positions, 0 if cache is None else cache.length, x)

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json, math, os, platform, re, signal, subprocess, threading, time, warnings, zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -23,18 +25,23 @@ from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
-from .optimization import AdamW, clip_gradients, cosine_schedule, cross_entropy, token_losses
+from .kernels import fused_training_loss, kernels_fit, use_kernels
+from .layers import swiglu_d_ff
+from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
+                                   token_losses)
 from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
 __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'LOG_SCHEMA', 'FREE_ON_RESUME', 'training_loop', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'TrainConfig', 'config_from_dict', 'load_config', 'pick_device',
-           'resolve_config', 'float32_products', 'autocast', 'device_name', 'peak_flops', 'TokenRows', 'open_rows',
-           'to_device', 'training_loss', 'evaluation_sums', 'evaluate', 'Clock', 'Run', 'build_run', 'learning_rate',
-           'next_step', 'Diverged', 'settle', 'append_log', 'log_step', 'list_checkpoints', 'save_run',
-           'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation', 'advance', 'TrainResult', 'train',
-           'load_model']
+           'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig', 'config_from_dict', 'load_config',
+           'pick_device', 'resolve_config', 'float32_products', 'autocast', 'current_device', 'device_name',
+           'peak_flops', 'TokenRows', 'open_rows', 'to_device', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device',
+           'training_loss', 'evaluation_sums', 'evaluate', 'network_norms', 'Clock', 'Run', 'TrainStep', 'GraphedStep',
+           'initial_model', 'TrainParts', 'build_run', 'learning_rate', 'next_step', 'to_host', 'runs_behind',
+           'arrival', 'Diverged', 'send', 'receive', 'settle', 'append_log', 'log_step', 'list_checkpoints', 'save_run',
+           'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation', 'advance',
+           'TrainResult', 'train', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -61,11 +68,16 @@ def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteratio
     A path is written aside, synced and renamed, so that it holds a whole checkpoint or what it held before; an open
     binary file is just written. Raises `OSError` where the disk refuses. Handout problem checkpointing.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every name
-    state = {"schema": CHECKPOINT_SCHEMA, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "iteration": int(iteration), **extra}
+    state = checkpoint_state(model, optimizer, iteration, **extra)
     if not isinstance(out, (str, os.PathLike)): return torch.save(state, out)
     with write_aside(out) as file: torch.save(state, file)
+
+# %% ../nbs/11_training.ipynb #fdd83314
+def checkpoint_state(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extra) -> dict:
+    "The entries of a checkpoint; the tensors in it are the model's and the optimizer's own."
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every name
+    return {"schema": CHECKPOINT_SCHEMA, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "iteration": int(iteration), **extra}
 
 # %% ../nbs/11_training.ipynb #0e7f01ec
 def _load_whole(source: str | os.PathLike | BinaryIO) -> object:
@@ -143,10 +155,12 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()  # the network
     rows: Literal["stream", "documents"] = "stream"  # rows cut anywhere, or one document a row from its beginning
     batch_size: int = 256  # rows a step
+    micro_batch: int | None = None  # rows at once, their gradients added up; saves memory alone; default: all
     steps: int = 5_000  # optimizer steps; they end the run and the learning rate's cycle
     max_lr: float = 3e-3  # learning rate after the warmup
     min_lr: float = 3e-4  # learning rate of the last step
     warmup_steps: int = 200  # steps of linear rise from 0
+    cosine_steps: int | None = None  # the step from which on the rate is min_lr; default: the last
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay of the two moments
     eps: float = 1e-8  # AdamW's guard against division by zero
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
@@ -155,11 +169,13 @@ class TrainConfig:
     eval_every: int = 500  # steps between evaluations on the whole validation file; 0: only at the end
     eval_batch_size: int = 64  # rows at once in evaluation; changes speed and memory only
     checkpoint_every: int = 1_000  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2  # the newest so many stay
+    keep_checkpoints: int = 2  # the newest so many stay; 0: none is written
     log_every: int = 10  # steps between log lines
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA, else fp32
     compile: Literal["auto", "off", "inductor", "aot_eager"] = "auto"  # auto: inductor on CUDA, off on CPU
+    graph: Literal["auto", "on", "off"] = "auto"  # record the step as a CUDA graph; auto: on CUDA, if compiled
+    kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's kernels, residual stream in bf16; auto: where they fit
     runs_dir: str = "runs"  # where run folders go
 
     def __post_init__(self) -> None: _check_config(self)
@@ -172,14 +188,16 @@ def _real(holds: Callable) -> Callable[[object], bool]: return lambda v: isinsta
 _RULES = [
     ("name", lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.+=-]*", v),
      "letters, digits and . _ + = - only, as it names a folder"),
-    ("batch_size steps eval_batch_size keep_checkpoints log_every", _whole(1), "a whole number of at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every", _whole(0), "a whole number of at least 0"),
+    ("batch_size steps eval_batch_size log_every", _whole(1), "a whole number of at least 1"),
+    ("warmup_steps seed eval_every checkpoint_every keep_checkpoints", _whole(0), "a whole number of at least 0"),
     ("max_lr max_grad_norm eps", _real(lambda v: v > 0), "above 0"),
     ("min_lr weight_decay", _real(lambda v: v >= 0), "at least 0"),
     ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
     ("rows", ("stream", "documents").__contains__, "'stream' or 'documents'"),
     ("precision", ("auto", "fp32", "tf32", "bf16").__contains__, "'auto', 'fp32', 'tf32' or 'bf16'"),
     ("compile", ("auto", "off", "inductor", "aot_eager").__contains__, "'auto', 'off', 'inductor' or 'aot_eager'"),
+    ("graph kernels", ("auto", "on", "off").__contains__, "'auto', 'on' or 'off'"),
+    ("micro_batch", lambda v: v is None or _whole(1)(v), "a whole number of at least 1"),
 ]
 
 # %% ../nbs/11_training.ipynb #82445444
@@ -190,10 +208,15 @@ def _check_config(config: TrainConfig) -> None:
     for names, holds, need in _RULES:
         for name in names.split():
             if not holds(value := getattr(config, name)): raise ValueError(f"{name} is {value!r}, but must be {need}")
+    if config.cosine_steps is not None and not config.warmup_steps < config.cosine_steps <= config.steps:
+        raise ValueError(f"cosine_steps is {config.cosine_steps}, but must be above warmup_steps, {config.warmup_steps}, "
+                         f"and at most steps, {config.steps}")
     if config.warmup_steps >= config.steps:
         raise ValueError(f"warmup_steps is {config.warmup_steps}, but must be below steps, {config.steps}")
     if config.min_lr > config.max_lr:
         raise ValueError(f"min_lr is {config.min_lr}, but must be at most max_lr, {config.max_lr}")
+    if config.batch_size % (config.micro_batch or config.batch_size):
+        raise ValueError(f"micro_batch is {config.micro_batch}, but must divide batch_size, {config.batch_size}")
 
 # %% ../nbs/11_training.ipynb #aa22dff8
 def config_from_dict(values: dict) -> TrainConfig:
@@ -238,8 +261,13 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
     if precision == "tf32" and device.type != "cuda": raise ValueError("precision tf32 exists on CUDA only; use fp32")
     if precision == "bf16" and device.type == "mps": raise ValueError("precision bf16 is not offered on mps; use fp32")
     backend = {"cuda": "inductor", "mps": "aot_eager", "cpu": "off"}[device.type]
-    return replace(config, device=str(device), precision=precision,
-                   compile=backend if config.compile == "auto" else config.compile)
+    compile = backend if config.compile == "auto" else config.compile
+    graph = config.graph if config.graph != "auto" else "on" if device.type == "cuda" and compile != "off" else "off"
+    if graph == "on" and device.type != "cuda": raise ValueError("graph 'on' exists on CUDA only; use 'auto' or 'off'")
+    fit = kernels_fit(config.model, device, precision)
+    if config.kernels == "on" and not fit: raise ValueError("kernels 'on' needs CUDA, Triton, bf16 and heads 16 to 128 wide; use 'auto'")
+    kernels = config.kernels if config.kernels != "auto" else "on" if fit else "off"
+    return replace(config, device=str(device), precision=precision, compile=compile, graph=graph, kernels=kernels)
 
 # %% ../nbs/11_training.ipynb #a6a93d48
 @contextmanager
@@ -254,6 +282,11 @@ def float32_products(precision: str) -> Iterator[None]:
 def autocast(device: torch.device, precision: str):
     "A context in which the model's matrix products are bf16, if that is the precision."
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def current_device(device: torch.device):
+    "A context in which streams and events are those of this card, where there are several."
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 # %% ../nbs/11_training.ipynb #1dd7682a
 # Dense TFLOP/s by NVIDIA's data sheets; fp32 is without tensor cores. Of several names that fit, the longest counts.
@@ -291,6 +324,12 @@ class TokenRows:
     context_length: int
     separator_id: int | None = None
     starts: np.ndarray | None = None
+
+    def chosen(self, batch_size: int, seed: int, step: int) -> np.ndarray:
+        "Where the rows of a step begin in the file, int64 (batch): a function of seed and step alone."
+        rng = np.random.default_rng((seed, step))
+        if self.starts is None: return rng.integers(len(self.tokens) - self.context_length, size=batch_size)
+        return self.starts[rng.integers(len(self.starts), size=batch_size)]
 
     def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
         "Inputs and targets of a step, (batch, time) each, on the CPU: a function of seed and step alone."
@@ -339,8 +378,75 @@ def _open_document_rows(file: TokenFile, tokens: np.ndarray, model: ModelConfig,
 # %% ../nbs/11_training.ipynb #c7719d01
 def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, ...]:
     "Copy a batch; to a GPU from pinned memory without waiting, so that the copy runs beside the step before it."
-    if device.type == "cuda": return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+    if device.type == "cuda":  # a batch made ahead is pinned already
+        return tuple((t if t.is_pinned() else t.pin_memory()).to(device, non_blocking=True) for t in batch)
     return tuple(t.to(device) for t in batch)
+
+# %% ../nbs/11_training.ipynb #23c402cf
+def _tokens_to(tokens: np.ndarray, device: torch.device, block: int = 1 << 26) -> Tensor:
+    "All tokens on the device, block by block, in signed integers of their width."
+    signed = np.dtype(f"i{tokens.dtype.itemsize}")
+    result = torch.empty(len(tokens), dtype=getattr(torch, signed.name), device=device)
+    for i in range(0, len(tokens), block):
+        result[i:i + block] = torch.from_numpy(np.array(tokens[i:i + block]).view(signed))
+    return result
+
+# %% ../nbs/11_training.ipynb #728b774b
+class DeviceRows:
+    "The rows of a `TokenRows`, the same ones, cut on a device that holds all its tokens."
+    def __init__(self, rows: TokenRows, device: torch.device) -> None:
+        self.rows, self.device, self.tokens = rows, device, _tokens_to(rows.tokens, device)
+        self.mask = (1 << 8 * rows.tokens.dtype.itemsize) - 1 if rows.tokens.dtype.kind == "u" else -1
+
+    def windows(self, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        "`length` ids from each start, and which of them lie within the file."
+        places = starts[:, None] + torch.arange(length, device=self.device)
+        ids = self.tokens[places.clamp(max=len(self.tokens) - 1)].long() & self.mask
+        return ids, places < len(self.tokens)
+
+    def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        "What `TokenRows.batch` gives, on the device."
+        starts, = to_device((torch.from_numpy(self.rows.chosen(batch_size, seed, step)),), self.device)
+        if self.rows.starts is not None: return self._documents(starts)
+        ids, _ = self.windows(starts, self.rows.context_length + 1)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def _documents(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+        "A row is the separator, then the document to its own separator, then padding, which is no target."
+        separator = self.rows.separator_id
+        ids, inside = self.windows(starts, self.rows.context_length)
+        ends = (ids == separator).long()
+        kept = inside & (ends.cumsum(1) == ends)  # not after the first separator
+        inputs = nn.functional.pad(ids[:, :-1].where(kept[:, 1:], separator), (1, 0), value=separator)
+        return inputs, ids.where(kept, IGNORE_INDEX)
+
+# %% ../nbs/11_training.ipynb #585e510a
+class Prefetch:
+    "`make(step)`, made ahead of time by a thread for the `ahead` steps after the one asked for."
+    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], ahead: int = 4) -> None:
+        self.make, self.ahead, self.thread = make, ahead, ThreadPoolExecutor(1, "prefetch")
+        self.coming: dict[int, Future] = {}
+
+    def __call__(self, step: int) -> tuple[Tensor, ...]:
+        for s in range(step, step + self.ahead + 1):
+            if s not in self.coming: self.coming[s] = self.thread.submit(self.make, s)
+        return self.coming.pop(step).result()
+
+    def close(self) -> None: self.thread.shutdown(wait=False, cancel_futures=True)
+
+# %% ../nbs/11_training.ipynb #4b787f63
+def batch_source(rows: TokenRows | DeviceRows, config: TrainConfig, device: torch.device) -> Callable:
+    "The function from a step to its inputs and targets on the device."
+    make = lambda step: rows.batch(config.batch_size, config.seed, step)
+    if isinstance(rows, DeviceRows): return make
+    if device.type != "cuda": return lambda step: to_device(make(step), device)
+    ahead = Prefetch(lambda step: tuple(t.pin_memory() for t in make(step)))
+    return lambda step: to_device(ahead(step), device)
+
+
+def fits_device(tokens: np.ndarray, device: torch.device) -> bool:
+    "Whether the tokens take at most a quarter of what the GPU has free. Never on a device other than CUDA."
+    return device.type == "cuda" and 4 * tokens.nbytes <= torch.cuda.mem_get_info(device)[0]
 
 # %% ../nbs/11_training.ipynb #64b9a5e3
 def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -392,6 +498,18 @@ def evaluate(model: nn.Module, rows: TokenRows, *, batch_size: int = 64, precisi
     model.train(training)
     return _measures(torch.stack(sums).cpu().double().sum(0), rows.file.tokens / rows.file.bytes)
 
+# %% ../nbs/11_training.ipynb #7a488645
+@torch.no_grad()
+def network_norms(model: TransformerLM, inputs: Tensor) -> dict[str, float | list[float]]:
+    "`weight_norm` (l2, all parameters) and `block_rms`: root mean square of the residual stream after each block."
+    weight_norm = torch.stack([p.float().norm() for p in model.parameters()]).norm()
+    x, sizes = model.token_embeddings(inputs), []
+    for block in model.layers:
+        x = block(x)
+        sizes.append(x.float().square().mean().sqrt())
+    weight_norm, *sizes = torch.stack([weight_norm, *sizes]).tolist()
+    return {"weight_norm": weight_norm, "block_rms": sizes}
+
 # %% ../nbs/11_training.ipynb #8a283bef
 class Clock:
     "Seconds a run has worked, its earlier parts included, and the rate of its training steps."
@@ -427,17 +545,22 @@ class Run:
     tokenizer: Tokenizer | None
     model: TransformerLM
     optimizer: torch.optim.Optimizer
-    loss_function: Callable
+    batch: Callable[[int], tuple[Tensor, Tensor]]  # a step's inputs and targets, on the device
+    train_step: TrainStep
     evaluation_function: Callable
 
     step: int = 0  # steps done
     tokens: int = 0  # targets learned from, padding not counted
     losses: list[float] = field(default_factory=list)  # of the steps since the last log line
     clock: Clock = field(default_factory=Clock)
-    pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of each step, still on the device
+    pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm, targets) of steps, on the device
+    coming: list[tuple] = field(default_factory=list)  # such values on their way to the CPU, for the next log line
+    settled: int = 0  # steps whose values have arrived
     grad_norm: float = 0.0
     saved_step: int | None = None  # of the newest checkpoint
+    saving: Future | None = None  # a checkpoint that is being written beside the training
     evaluation: dict | None = None  # the last one's log line
+    listeners: list[Callable[[dict], None]] = field(default_factory=list)  # told of every line of the log
 
     @property
     def device(self) -> torch.device: return torch.device(self.config.device)
@@ -459,52 +582,215 @@ def _open_data(config: TrainConfig) -> tuple[Tokenizer | None, TokenRows, TokenR
     return tokenizer, train_rows, valid_rows
 
 # %% ../nbs/11_training.ipynb #5af151ca
-def build_run(config: TrainConfig) -> Run:
-    "A run at step 0, its parts checked against each other. `config` is resolved; nothing is written yet."
-    tokenizer, train_rows, valid_rows = _open_data(config)
-    torch.manual_seed(config.seed)
-    model = TransformerLM(config.model).to(config.device)
-    optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-    return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, model, optimizer,
-               _compiled(training_loss, config.compile), _compiled(evaluation_sums, config.compile))
+class TrainStep:
+    """One optimizer step on a batch. Its loss (mean nats a target) and gradient norm are tensors on the device.
+
+    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows are worked on at once; with `graph` the
+    whole step is a `GraphedStep`. Nothing in it waits for the device."""
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
+                 precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int | None = None,
+                 graph: bool = False) -> None:
+        self.model, self.optimizer, self.loss_function = model, optimizer, loss_function or training_loss
+        self.precision, self.max_grad_norm, self.micro_batch = precision, max_grad_norm, micro_batch
+        self.device = next(model.parameters()).device
+        self.work = GraphedStep(self.step) if graph else self.step
+        capturable = any(group.get("capturable") for group in optimizer.param_groups)
+        self.rate = torch.zeros((), dtype=torch.float64, device=self.device) if capturable else None
+
+    def __call__(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        "Loss and gradient norm of the step at this learning rate; inputs and targets (batch, time)."
+        if self.rate is not None: self.rate.fill_(lr)
+        for group in self.optimizer.param_groups: group["lr"] = self.rate if group.get("capturable") else lr
+        return self.work(inputs, targets)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        "Forward, backward, clip, update."
+        self.optimizer.zero_grad()
+        loss = self.loss_and_gradients(inputs, targets)
+        norm = clip_gradients(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        return loss, norm
+
+    def loss_and_gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        "The batch's loss, its gradients added to the parameters'."
+        rows, total = self.micro_batch or len(inputs), 0
+        targets_in_all = (targets != IGNORE_INDEX).sum()
+        for x, y in zip(inputs.split(rows), targets.split(rows)):
+            with autocast(self.device, self.precision): loss = self.loss_function(self.model, x, y)
+            if rows < len(inputs): loss = loss * ((y != IGNORE_INDEX).sum() / targets_in_all)
+            loss.backward()
+            total = total + loss.detach()
+        return total
 
 # %% ../nbs/11_training.ipynb #87470350
-def learning_rate(config: TrainConfig, step: int) -> float:
-    "The rate of a step, counted from 1."
-    return float(cosine_schedule(step, config.max_lr, config.min_lr, config.warmup_steps, config.steps))
+class GraphedStep:
+    "`function` of tensors on CUDA, recorded as a CUDA graph after `WARM_UP` plain calls, and replayed from then on."
+    WARM_UP = 3
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.function, self.calls, self.graph, self.stream = function, 0, None, None
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.calls += 1
+        if self.stream is None: self.stream = torch.cuda.Stream(inputs[0].device)
+        if self.calls == self.WARM_UP + 1: self._try_to_record(inputs)
+        if self.graph is None: return self._plainly(inputs)
+        for kept, new in zip(self.inputs, inputs): kept.copy_(new)
+        self.graph.replay()
+        return tuple(t.clone() for t in self.outputs)  # the next replay overwrites them
+
+    def _plainly(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream): outputs = self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def _try_to_record(self, inputs: tuple[Tensor, ...]) -> None:
+        "Recording runs nothing: the step is done by the replay that follows."
+        self.inputs, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):  # others may copy
+                self.outputs = self.function(*self.inputs)
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph of the step ({str(error)[:200]}); it runs without, more slowly", stacklevel=2)
+            return torch.cuda.synchronize()
+        self.graph = graph
 
 # %% ../nbs/11_training.ipynb #f3b1d36b
-def next_step(run: Run) -> None:
-    "One step of training; its loss and gradient norm are left on the device."
-    config, step = run.config, run.step + 1
-    inputs, targets = run.train_rows.batch(config.batch_size, config.seed, step)
-    run.tokens += int((targets != IGNORE_INDEX).sum())
-    inputs, targets = to_device((inputs, targets), run.device)
-    with autocast(run.device, config.precision): loss = run.loss_function(run.model, inputs, targets)
-    run.optimizer.zero_grad()
-    loss.backward()
-    norm = clip_gradients(run.model.parameters(), config.max_grad_norm)
-    for group in run.optimizer.param_groups: group["lr"] = learning_rate(config, step)
-    run.optimizer.step()
-    run.pending.append(torch.stack([loss.detach(), norm.detach()]))
-    run.step = step
+def initial_model(config: ModelConfig, seed: int) -> TransformerLM:
+    "The model with the weights of a seed, drawn on the CPU; without a gate, what it shares with the gated one is the same."
+    torch.manual_seed(seed)
+    model = TransformerLM(config)
+    if config.ffn == "swiglu": return model
+    torch.manual_seed(seed)
+    gated = TransformerLM(replace(config, ffn="swiglu", d_ff=swiglu_d_ff(config.d_model))).state_dict()
+    own = model.state_dict()
+    model.load_state_dict(own | {k: v for k, v in gated.items() if k in own and own[k].shape == v.shape})
+    return model
+
+# %% ../nbs/11_training.ipynb #2d8a5095
+@dataclass
+class TrainParts:
+    "The model's memory, its compiled functions and tokens on the device, taken from one run to the next by `train`."
+    made_for: tuple | None = None  # the settings that the compiled functions depend on
+    model: TransformerLM | None = None
+    loss_function: Callable | None = None
+    evaluation_function: Callable | None = None
+    update: Callable | None = None
+    tokens: dict[tuple, DeviceRows] = field(default_factory=dict)
+
+    def fit(self, config: TrainConfig) -> None:
+        "Make the parts fit a run: the model gets the weights of its seed, the rest is made anew where it must be."
+        needs = (config.model, config.device, config.compile, config.precision, config.batch_size, config.micro_batch,
+                 config.eval_batch_size, config.rows, config.kernels)
+        fresh = initial_model(config.model, config.seed)
+        if self.made_for == needs: return self._refill(fresh)
+        if config.compile != "off": torch.compiler.reset()  # it keeps eight variants of a function and then gives up
+        self.made_for, self.model = needs, fresh.to(config.device)
+        use_kernels(self.model, config.kernels == "on")
+        self.loss_function = _compiled(fused_training_loss if config.kernels == "on" else training_loss, config.compile)
+        self.evaluation_function = _compiled(evaluation_sums, config.compile)
+        self.update = _compiled(adamw_update_capturable, config.compile)
+
+    @torch.no_grad()
+    def _refill(self, fresh: TransformerLM) -> None:
+        for old, new in zip(self.model.parameters(), fresh.parameters(), strict=True): old.copy_(new)
+        self.model.zero_grad()
+
+    def rows(self, rows: TokenRows, device: torch.device) -> TokenRows | DeviceRows:
+        "The rows with their tokens on the device, if there is room."
+        about = os.stat(rows.file.path)
+        key = (str(rows.file.path), about.st_size, about.st_mtime_ns, rows.context_length, rows.separator_id)
+        if key not in self.tokens:
+            self.tokens.clear()
+            if not fits_device(rows.tokens, device): return rows
+            self.tokens[key] = DeviceRows(rows, device)
+        return self.tokens[key]
 
 # %% ../nbs/11_training.ipynb #4b14c26e
+def build_run(config: TrainConfig, parts: TrainParts | None = None) -> Run:
+    "A run at step 0, its parts checked against each other. `config` is resolved; nothing is written yet."
+    tokenizer, train_rows, valid_rows = _open_data(config)
+    parts, device = parts or TrainParts(), torch.device(config.device)
+    parts.fit(config)
+    optimizer = AdamW(parts.model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+                      capturable=device.type == "cuda")
+    optimizer.update = parts.update
+    train_step = TrainStep(parts.model, optimizer, parts.loss_function, precision=config.precision,
+                           max_grad_norm=config.max_grad_norm, micro_batch=config.micro_batch,
+                           graph=config.graph == "on")
+    batch = batch_source(parts.rows(train_rows, device), config, device)
+    return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, parts.model, optimizer,
+               batch, train_step, parts.evaluation_function)
+
+# %% ../nbs/11_training.ipynb #409710e4
+def learning_rate(config: TrainConfig, step: int) -> float:
+    "The rate of a step, counted from 1."
+    return float(cosine_schedule(step, config.max_lr, config.min_lr, config.warmup_steps,
+                                 config.cosine_steps or config.steps))
+
+
+def next_step(run: Run) -> None:
+    "One step of training; its loss, gradient norm and number of targets are left on the device."
+    step = run.step + 1
+    inputs, targets = run.batch(step)
+    loss, norm = run.train_step(inputs, targets, learning_rate(run.config, step))
+    run.pending.append(torch.stack([loss, norm, (targets != IGNORE_INDEX).sum().to(loss.dtype)]))
+    run.step = step
+
+# %% ../nbs/11_training.ipynb #7eaa0cb2
+def to_host(value: object) -> object:
+    "Copies of the tensors in nested dicts and lists, on the CPU; from CUDA they are whole once the stream is there."
+    if isinstance(value, dict): return {k: to_host(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return type(value)(map(to_host, value))
+    if not isinstance(value, Tensor): return value
+    if value.device.type != "cuda": return value.detach().to("cpu", copy=True)
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
+
+
+def runs_behind(device: torch.device) -> bool:
+    "Whether the device works on by itself while Python does something else."
+    return device.type == "cuda"
+
+
+def arrival(device: torch.device) -> Callable[[], None]:
+    "A function that waits until the device has done all that it was asked for up to now."
+    if device.type != "cuda": return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
+
+# %% ../nbs/11_training.ipynb #93e7b2e8
 class Diverged(ArithmeticError):
     "A run whose loss or gradient is no longer finite."
 
-# %% ../nbs/11_training.ipynb #409710e4
-def settle(run: Run) -> None:
-    "Fetch the pending losses and gradient norms. `Diverged` at the first that is not finite."
+
+def send(run: Run) -> None:
+    "Send for the values of the steps since the last time."
     if not run.pending: return
-    values = torch.stack(run.pending).tolist()
+    run.coming.append((run.step, to_host(torch.stack(run.pending)), arrival(run.device)))
     run.pending.clear()
-    for step, (loss, norm) in enumerate(values, run.step - len(values) + 1):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(f"loss {loss}, gradient norm {norm} at step {step}, learning rate "
-                           f"{learning_rate(run.config, step):.3g}; lower max_lr or lengthen the warmup")
-        run.losses.append(loss)
-        run.grad_norm = norm
+
+# %% ../nbs/11_training.ipynb #8d2281e7
+def receive(run: Run) -> None:
+    "Take in the values that were sent for. `Diverged` at the first that is not finite."
+    for last, values, wait in run.coming:
+        wait()
+        for step, (loss, norm, targets) in enumerate(values.tolist(), last - len(values) + 1):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(f"loss {loss}, gradient norm {norm} at step {step}, learning rate "
+                               f"{learning_rate(run.config, step):.3g}; lower max_lr or lengthen the warmup")
+            run.losses.append(loss)
+            run.tokens += int(targets)
+            run.settled, run.grad_norm = step, norm
+    run.coming.clear()
+
+# %% ../nbs/11_training.ipynb #354bc855
+def settle(run: Run) -> None:
+    "Write the log line that is waiting for its values, if there is one, and take in all others."
+    if run.coming: log_step(run)
+    send(run)
+    receive(run)
 
 # %% ../nbs/11_training.ipynb #131990c7
 LOG_SCHEMA = 1
@@ -538,22 +824,25 @@ def _header(run: Run) -> dict:
 # %% ../nbs/11_training.ipynb #030bbb0d
 def _json_line(record: dict) -> str:
     "One line of strict JSON, which has no word for infinity: such a number becomes null."
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    def finite(value: object) -> object:
+        if isinstance(value, (list, tuple)): return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps({k: finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
 
 
 def append_log(run: Run, record: dict) -> None:
     "Add a line to the run's log; it is in the file when this returns."
     with open(run.folder / "log.jsonl", "a", encoding="utf-8", newline="\n") as file: file.write(_json_line(record))
+    for listener in run.listeners: listener(record)
 
 # %% ../nbs/11_training.ipynb #ab11ba07
 def log_step(run: Run) -> dict:
-    "Write and return the log line of the steps since the last one."
-    settle(run)
+    "Receive what was sent for, then write and return the log line of the steps since the last one."
+    receive(run)
     rate = run.clock.rate(run.tokens)
     peak = peak_flops(device_name(run.device), run.config.precision)
-    record = {"kind": "step", "step": run.step, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
-              "loss": sum(run.losses) / len(run.losses), "lr": learning_rate(run.config, run.step),
+    record = {"kind": "step", "step": run.settled, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
+              "loss": sum(run.losses) / len(run.losses), "lr": learning_rate(run.config, run.settled),
               "grad_norm": run.grad_norm, "tokens_per_second": round(rate, 1),
               "mfu": flops_per_token(run.config.model) * rate / peak if peak else None}
     run.losses.clear()
@@ -575,22 +864,47 @@ def _data(run: Run) -> dict:
 
 # %% ../nbs/11_training.ipynb #a5f4b034
 def save_run(run: Run) -> Path:
-    "Write the checkpoint of the run's step, then delete the oldest beyond `keep_checkpoints`."
+    "Write the checkpoint of the run's step, from CUDA beside the training; the oldest beyond `keep_checkpoints` go."
     settle(run)
+    finish_saving(run)
     path = run.folder / "checkpoints" / f"step-{run.step:07d}.pt"
-    random = {"cpu": torch.get_rng_state()}
-    if run.device.type == "cuda": random["cuda"] = torch.cuda.get_rng_state(run.device)
-    save_checkpoint(run.model, run.optimizer, run.step, path, config=asdict(run.config), random=random, data=_data(run),
-                    tokenizer_sha256=run.train_rows.file.tokenizer["sha256"], tokens=run.tokens,
-                    losses=list(run.losses), grad_norm=run.grad_norm, seconds=run.clock.seconds)
+    state = checkpoint_state(run.model, run.optimizer, run.step, config=asdict(run.config), random=_random(run.device),
+                             data=_data(run), tokenizer_sha256=run.train_rows.file.tokenizer["sha256"],
+                             tokens=run.tokens, losses=list(run.losses), grad_norm=run.grad_norm,
+                             seconds=run.clock.seconds)
     run.saved_step = run.step
-    for old in list_checkpoints(run.folder)[run.config.keep_checkpoints:]: old.unlink()
+    if not runs_behind(run.device): _write(state, path, run.config.keep_checkpoints)
+    else: run.saving = _SAVER.submit(_write, to_host(state), path, run.config.keep_checkpoints, arrival(run.device))
     return path
+
+# %% ../nbs/11_training.ipynb #d2e13caf
+_SAVER = ThreadPoolExecutor(1, "checkpoint")
+
+
+def _write(state: dict, path: Path, keep: int, wait: Callable[[], None] = lambda: None) -> None:
+    "Write a checkpoint, then delete the oldest of its folder beyond `keep`."
+    wait()
+    with write_aside(path) as file: torch.save(state, file)
+    for old in list_checkpoints(path.parent.parent)[keep:]: old.unlink()
+
+
+def finish_saving(run: Run, wait: bool = True) -> None:
+    "Wait for the checkpoint that is being written, if any; its error is raised here."
+    if run.saving is None or not (wait or run.saving.done()): return
+    saving, run.saving = run.saving, None
+    saving.result()
+
+# %% ../nbs/11_training.ipynb #d9982d88
+def _random(device: torch.device) -> dict[str, Tensor]:
+    "The states of the random generators."
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 # %% ../nbs/11_training.ipynb #5ca1b09d
 # Settings that a resumed run may change, as they leave the weights alone. Data and tokenizer are compared by content.
 FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_every", "eval_batch_size",
-                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "runs_dir"}
+                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph", "micro_batch",
+                  "runs_dir"}
 
 
 def _check_same_run(saved: dict, run: Run, name: Path) -> None:
@@ -627,8 +941,11 @@ def _truncate_log(path: Path, step: int) -> list[dict]:
 def _restore_run(run: Run, file: Path, state: dict) -> None:
     "Bring a run to a checkpoint's step."
     _check_same_run(state, run, file)
+    own = run.optimizer.param_groups[0]["capturable"]  # of this device, whatever the checkpoint's was
+    groups = [group | {"capturable": own} for group in state["optimizer"]["param_groups"]]
+    state = state | {"optimizer": state["optimizer"] | {"param_groups": groups}}
     _restore(state, run.model, run.optimizer, file)
-    run.step = run.saved_step = state["iteration"]
+    run.step = run.saved_step = run.settled = state["iteration"]
     run.tokens, run.losses, run.grad_norm = state["tokens"], list(state["losses"]), state["grad_norm"]
     run.clock = Clock(state["seconds"])
     run.clock.tokens = run.tokens
@@ -655,7 +972,7 @@ def _fill_folder(run: Run, asked: TrainConfig) -> None:
     if not log.exists() or not log.stat().st_size: append_log(run, _header(run))
 
 # %% ../nbs/11_training.ipynb #7cfebdb5
-def open_run(asked: TrainConfig, resume: bool = False) -> Run:
+def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None = None) -> Run:
     "A new run in a new folder, or one taken up again. All that can be wrong is found before anything is written."
     folder = Path(asked.runs_dir) / asked.name
     if folder.exists() and not resume:
@@ -663,7 +980,7 @@ def open_run(asked: TrainConfig, resume: bool = False) -> Run:
     if resume and not folder.is_dir(): raise FileNotFoundError(f"no run to resume in {folder}; start it without resume")
     found = newest_checkpoint(folder) if resume else None
     if found and asked.precision == "auto": asked = replace(asked, precision=found[1]["config"]["precision"])
-    run = build_run(resolve_config(asked))
+    run = build_run(resolve_config(asked), parts)
     if resume: _take_up(run, found)
     _fill_folder(run, asked)
     return run
@@ -707,6 +1024,9 @@ def record_evaluation(run: Run, stop: StopRequest, progress: bool = False) -> No
                             precision=run.config.precision, function=run.evaluation_function, progress=progress)
     with run.clock.pause(): result = stop.allows(work)
     if result is None: return
+    inputs, _ = next(run.valid_rows.every(min(8, run.config.eval_batch_size)))
+    with run.clock.pause(), autocast(run.device, run.config.precision):
+        result = result | network_norms(run.model, inputs.to(run.device))
     run.evaluation = {"kind": "eval", "step": run.step, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
                       "split": "valid", **result}
     append_log(run, run.evaluation)
@@ -720,14 +1040,17 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
     while True:
         if _is_due(run.step, config.eval_every, config.steps): record_evaluation(run, stop, progress=not bar.disable)
         ending = run.step == config.steps or stop.reason is not None
-        if run.step != (run.saved_step or 0) and (ending or _is_due(run.step, config.checkpoint_every, config.steps)):
+        due = ending or _is_due(run.step, config.checkpoint_every, config.steps)
+        if due and config.keep_checkpoints and run.step != (run.saved_step or 0):
             with run.clock.pause(): save_run(run)
         if ending: return
         next_step(run)
         bar.update()
+        if run.coming: log_step(run)  # of an earlier step; the device has this one to work on meanwhile
         if run.step == 1 or _is_due(run.step, config.log_every, config.steps):
-            record = log_step(run)
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s")
+            send(run)
+            if not runs_behind(run.device): log_step(run)
+            finish_saving(run, wait=False)
 
 # %% ../nbs/11_training.ipynb #c9e806d2
 @dataclass(frozen=True)
@@ -754,7 +1077,9 @@ def _out_of_memory(run: Run) -> ValueError:
 # %% ../nbs/11_training.ipynb #a36a4fd8
 def _train_to_an_end(run: Run, stop: StopRequest, bar: tqdm) -> TrainResult:
     "Advance, and write down how it ended."
-    try: advance(run, stop, bar)
+    try:
+        try: advance(run, stop, bar)
+        finally: finish_saving(run)
     except Diverged as error: return _end(run, "diverged", str(error))
     except BaseException as error:
         _end(run, "interrupted", f"{type(error).__name__}: {error}")
@@ -764,17 +1089,33 @@ def _train_to_an_end(run: Run, stop: StopRequest, bar: tqdm) -> TrainResult:
     return _end(run, "interrupted", f"{stop.reason} at step {run.step}")
 
 # %% ../nbs/11_training.ipynb #026c0896
-def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, parts: TrainParts | None = None,
+          on_record: Callable[[dict], None] | None = None) -> TrainResult:
     """Train a model as `config` says, in the folder `runs_dir/name`; with `resume`, go on from its newest checkpoint.
 
     Writes config.json, log.jsonl, checkpoints/ and a copy of the tokenizer. Ctrl-C and SIGTERM save and return. Raises,
     before anything is written, `FileExistsError` for a run that exists, `FileNotFoundError` and `ValueError` for parts
-    that do not belong together. Handout problem training_together.
+    that do not belong together. `parts` are kept from run to run, see `train_many`; `on_record` is called with every
+    line of the log. Handout problem training_together.
     """
-    run = open_run(config, resume)
-    with (float32_products(run.config.precision), StopRequest() as stop,
-          _bar(progress, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
-        return _train_to_an_end(run, stop, bar)
+    with current_device(pick_device(config.device)):
+        run = open_run(config, resume, parts)
+        with (float32_products(run.config.precision), StopRequest() as stop,
+              _bar(progress, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
+            run.listeners = [partial(_show, bar), *([on_record] if on_record else [])]
+            return _train_to_an_end(run, stop, bar)
+
+# %% ../nbs/11_training.ipynb #c26071c5
+def _show(bar: tqdm, record: dict) -> None:
+    if record["kind"] != "step": return
+    mfu = f", {record['mfu']:.0%} MFU" if record["mfu"] else ""
+    bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}")
+
+# %% ../nbs/11_training.ipynb #ed7a9434
+def train_many(configs: Iterable[TrainConfig], *, progress: bool = True) -> Iterator[TrainResult]:
+    "Train one run after the other, as `train` would each; runs of equal sizes share compiled code and tokens."
+    parts = TrainParts()
+    for config in configs: yield train(config, progress=progress, parts=parts)
 
 # %% ../nbs/11_training.ipynb #c3f635c8
 def _find_tokenizer(folders: list[Path], sha256: str) -> Tokenizer | None:

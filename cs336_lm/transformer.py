@@ -139,6 +139,8 @@ class TransformerLM(TiedOutput):
 
     Keys: token_embeddings.weight, layers.{i}.*, ln_final.weight, lm_head.weight. `device="meta"` builds shapes only;
     `to_empty(device=...)` and then `reset_parameters()` or `load_state_dict(...)` make it real."""
+    stream_dtype: torch.dtype | None = None  # what the residual stream is held in under autocast; None: float32
+
     def __init__(self, config: ModelConfig = ModelConfig(), device=None, dtype=None):
         super().__init__()
         where = dict(device=device, dtype=dtype)
@@ -150,15 +152,20 @@ class TransformerLM(TiedOutput):
         self.lm_head = Linear(config.d_model, config.vocab_size, **where)
         self.tie()
 
+    def hidden(self, token_ids: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
+        "What `lm_head` reads: (..., time) -> (..., time, d_model). Arguments and errors as in `forward`."
+        start, time = 0 if cache is None else cache[0].length, token_ids.shape[-1]
+        check_length(start, time, self.config.context_length)
+        x = self.token_embeddings(token_ids)
+        if self.stream_dtype and torch.is_autocast_enabled(x.device.type): x = x.to(self.stream_dtype)
+        for i, block in enumerate(self.layers): x = block(x, None if cache is None else cache[i])
+        return self.ln_final(x)
+
     def forward(self, token_ids: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
         """With a `cache` (of `make_cache`) the ids continue the tokens it holds, and are added to it.
 
         ValueError where the row becomes longer than the context length, or (on the CPU) an id is out of range."""
-        start, time = 0 if cache is None else cache[0].length, token_ids.shape[-1]
-        check_length(start, time, self.config.context_length)
-        x = self.token_embeddings(token_ids)
-        for i, block in enumerate(self.layers): x = block(x, None if cache is None else cache[i])
-        return self.lm_head(self.ln_final(x))
+        return self.lm_head(self.hidden(token_ids, cache))
 
     def make_cache(self) -> list[KeyValueCache]:
         "One empty cache a block, with room for the context length."

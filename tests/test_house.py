@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
+CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name)]
 TAGS = {"question", "derivation", "clear", "check", "fast", "measure", "answer"}
 TEXT_MODULES = ["corpora", "pretokenization", "bpe", "tokenizer", "dataset"]
 TRAINING_MODULES = TEXT_MODULES + ["layers", "transformer", "optimization", "accounting", "training", "generation", "experiments"]

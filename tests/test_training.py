@@ -3,6 +3,7 @@ import io, json, math, os, signal, threading
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from hypothesis import given, settings, strategies as st
 
 from cs336_lm import training
 from cs336_lm.corpora import END_OF_TEXT
-from cs336_lm.dataset import IGNORE_INDEX, encode_file
+from cs336_lm.dataset import IGNORE_INDEX, TokenFile, document_starts, encode_file
 from cs336_lm.optimization import AdamW
 from cs336_lm.tokenizer import Tokenizer
-from cs336_lm.training import (ModelConfig, StopRequest, TrainConfig, TransformerLM, config_from_dict, evaluate, learning_rate,
-                               list_checkpoints, load_config, load_checkpoint, load_model, open_rows, peak_flops,
-                               pick_device, resolve_config, save_checkpoint, train, training_loop)
+from cs336_lm.training import (DeviceRows, ModelConfig, Prefetch, StopRequest, TokenRows, TrainConfig, TrainParts, TrainStep,
+                               TransformerLM, config_from_dict, evaluate, learning_rate, list_checkpoints, load_config,
+                               load_checkpoint, load_model, open_rows, peak_flops, pick_device, resolve_config,
+                               save_checkpoint, train, train_many, training_loop)
 
 TINY = ModelConfig(vocab_size=257, context_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=32)
 
@@ -48,7 +50,8 @@ def config(data, tmp_path):
 def run(config, **how): return train(config, progress=False, **how)
 
 
-def records(result): return [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+def records_of(folder): return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+def records(result): return records_of(result.folder)
 
 
 def timeless(result):
@@ -155,6 +158,151 @@ def test_bf16_autocast_stays_close_and_keeps_float32_weights(config):
     assert all(t.dtype == torch.float32 for t in torch.load(bf16.checkpoint, weights_only=True)["model"].values())
     assert bf16.evaluation["loss"] != fp32.evaluation["loss"]
     assert bf16.evaluation["loss"] == pytest.approx(fp32.evaluation["loss"], rel=0.03)
+
+
+# The engine: the same numbers in other ways
+
+def one_step(config, micro_batch=None, **optimizer):
+    "Loss, gradient norm and weights after one step of a fresh model."
+    torch.manual_seed(0)
+    model = TransformerLM(TINY)
+    adamw = AdamW(model.parameters(), **optimizer)
+    rows = open_rows(config.train_tokens, TINY, "documents", Tokenizer.load(config.tokenizer))
+    step = TrainStep(model, adamw, micro_batch=micro_batch)
+    for number in 1, 2: loss, norm = step(*rows.batch(12, 0, number), 1e-2)
+    return loss, norm, *model.parameters()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+def test_micro_batches_add_up_to_the_batch(config, micro_batch):
+    "Rows of documents: parts of the batch have different numbers of targets."
+    for whole, parts in zip(one_step(config), one_step(config, micro_batch)): torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batch_must_divide_the_batch_and_trains(config):
+    with pytest.raises(ValueError, match="micro_batch is 3"): replace(config, micro_batch=3)
+    whole, parts = run(config), run(replace(config, name="parts", micro_batch=1))
+    for a, b in zip(timeless(whole), timeless(parts)):
+        assert a["kind"] == b["kind"] and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
+    assert run(replace(config, micro_batch=2), resume=True).status == "finished"  # free on resume: only rounding differs
+
+
+def test_capturable_adamw_with_the_rate_in_a_tensor_makes_the_same_step(config):
+    for plain, tensors in zip(one_step(config), one_step(config, capturable=True)): torch.testing.assert_close(plain, tensors, rtol=1e-5, atol=1e-7)
+
+
+def test_runs_that_share_parts_equal_fresh_ones(config):
+    "Other seed, rate, data order, sizes between them: the weights of every run are those of a run alone, every bit."
+    wide = replace(TINY, d_ff=48, tied_embeddings=True)
+    configs = [replace(config, name=f"r{i}", steps=12, **change) for i, change in
+               enumerate([{}, {"seed": 1}, {"max_lr": 3e-2}, {"model": wide}, {"model": wide, "seed": 2}, {"rows": "documents"}])]
+    alone = [run(replace(c, name=c.name + "-alone")) for c in configs]
+    for a, b in zip(alone, train_many(configs, progress=False), strict=True):
+        assert same_bits(final_state(a), final_state(b)) and timeless(a) == timeless(b)
+
+
+def test_parts_are_reused_for_equal_sizes_and_a_resumed_run_takes_them(config, monkeypatch):
+    parts = TrainParts()
+    run(config, parts=parts)
+    model = parts.model
+    with at_step(7, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch):
+        run(replace(config, name="b", seed=3), parts=parts)
+    assert parts.model is model
+    result = run(replace(config, name="b", seed=3), resume=True, parts=parts)
+    assert same_bits(final_state(result), final_state(run(replace(config, name="c", seed=3))))
+    run(replace(config, name="d", batch_size=5), parts=parts)
+    assert parts.model is not model
+
+
+@pytest.mark.parametrize("how", ["finished", "interrupted", "diverged"])
+def test_a_device_that_runs_behind_changes_nothing(config, monkeypatch, how):
+    "Log lines a step later and checkpoints written by a thread: the same lines, the same files, in the same order."
+    def act(run):
+        if how == "interrupted": signal.raise_signal(signal.SIGINT)
+        if how == "diverged": next(run.model.parameters()).data.fill_(math.nan)
+    with at_step(12, act, monkeypatch):
+        plain = run(config)
+        monkeypatch.setattr(training, "runs_behind", lambda device: True)
+        behind = run(replace(config, name="behind"))
+    assert (plain.status, plain.reason, plain.checkpoint.name) == (behind.status, behind.reason, behind.checkpoint.name)
+    assert plain.status == how and timeless(plain) == timeless(behind)
+    assert [p.name for p in list_checkpoints(plain.folder)] == [p.name for p in list_checkpoints(behind.folder)]
+    assert same_bits(final_state(plain), final_state(behind))
+
+
+def test_a_full_disk_is_noticed_while_a_thread_writes(config, monkeypatch):
+    def full(state, file): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(training, "runs_behind", lambda device: True)
+    with pytest.raises(OSError, match="No space"): run(config)
+    assert records_of(config.runs_dir + "/run")[-1]["reason"] == "OSError: [Errno 28] No space left on device"
+
+
+def test_prefetched_batches_are_the_same_in_any_order_and_errors_come_through():
+    def make(step):
+        if step == 40: raise OSError("gone")
+        return torch.tensor(step), torch.tensor(-step)
+    ahead = Prefetch(make)
+    for step in 1, 2, 3, 7, 8, 2, 9: assert [int(t) for t in ahead(step)] == [step, -step]
+    assert len(ahead.coming) < 20
+    with pytest.raises(OSError, match="gone"): ahead(40)
+    ahead.close()
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_rows_cut_on_the_device_are_the_rows(drawn):
+    dtype = drawn.draw(st.sampled_from([np.uint8, np.uint16, np.uint32, np.int64]))
+    top = np.iinfo(dtype).max if dtype != np.int64 else 300
+    ids = drawn.draw(st.lists(st.integers(top - 3, top), min_size=11, max_size=60))
+    tokens, length, step = np.array(ids, dtype=dtype), drawn.draw(st.integers(1, 10)), drawn.draw(st.integers(0, 99))
+    about = TokenFile("x.npy", "", len(ids), 1, 1, {}, {})
+    for rows in (TokenRows(about, tokens, length), TokenRows(about, tokens, length, top - 1, document_starts(tokens, top - 1))):
+        for a, b in zip(rows.batch(5, 1, step), DeviceRows(rows, torch.device("cpu")).batch(5, 1, step)): assert torch.equal(a, b)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("rows", ["stream", "documents"])
+def test_cuda_graph_and_compiled_step_end_where_the_plain_step_does(config, rows):
+    config = replace(config, rows=rows, device="cuda", precision="fp32", model=replace(TINY, d_model=32))
+    plain = run(replace(config, name="plain", compile="off", graph="off"))
+    for name, how in {"graph": dict(compile="off", graph="on"), "compiled": dict(compile="inductor", graph="off"),
+                      "both": dict(compile="inductor", graph="on"), "parts": dict(compile="off", graph="on", micro_batch=2)}.items():
+        other = run(replace(config, name=name, **how))
+        for a, b in zip(timeless(plain), timeless(other), strict=True): assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-3)
+        assert other.evaluation["weight_norm"] == pytest.approx(plain.evaluation["weight_norm"], rel=1e-3)
+
+
+@needs_cuda
+def test_cuda_run_resumes_and_goes_on_the_cpu(config, monkeypatch):
+    config = replace(config, device="cuda", precision="fp32")
+    whole = run(config)
+    with at_step(12, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(replace(config, name="b"))
+    other = run(replace(config, name="b"), resume=True)
+    assert other.evaluation["loss"] == pytest.approx(whole.evaluation["loss"], rel=1e-4)
+    with at_step(12, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(replace(config, name="c"))
+    moved = run(replace(config, name="c", device="cpu"), resume=True)
+    assert moved.evaluation["loss"] == pytest.approx(whole.evaluation["loss"], rel=1e-3)
+
+
+@needs_cuda
+def test_cuda_rows_are_the_rows_of_the_cpu(config):
+    for rows in "stream", "documents":
+        data = open_rows(config.train_tokens, TINY, rows, Tokenizer.load(config.tokenizer))
+        for a, b in zip(DeviceRows(data, torch.device("cuda")).batch(7, 0, 3), data.batch(7, 0, 3)): assert torch.equal(a.cpu(), b)
+
+
+def test_norms_of_the_network(config):
+    result = run(config)
+    model = load_model(result.folder)[0]
+    assert result.evaluation["weight_norm"] == pytest.approx(torch.cat([p.flatten() for p in model.parameters()]).norm().item(), rel=1e-5)
+    inputs, seen = next(open_rows(config.valid_tokens, TINY).every(8))[0], []
+    model.layers[0].register_forward_hook(lambda *args: seen.append(args[2]))
+    with torch.no_grad(): model(inputs)
+    assert result.evaluation["block_rms"] == pytest.approx([seen[0].square().mean().sqrt().item()], rel=1e-5)
 
 
 # Resuming
@@ -385,7 +533,7 @@ def test_the_log_keeps_its_contract(config):
     for record in middle:
         assert list(record) == {"step": ["kind", "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"],
                                 "eval": ["kind", "step", "tokens", "seconds", "split", "loss", "bits_per_byte", "perplexity",
-                                         "logit_std"]}[record["kind"]]
+                                         "logit_std", "weight_norm", "block_rms"]}[record["kind"]]
         assert record["tokens"] == record["step"] * config.batch_size * TINY.context_length
     assert [r["step"] for r in middle if r["kind"] == "step"] == [1, 3, 6, 9, 12, 15, 18, 20]
     assert [r["step"] for r in middle if r["kind"] == "eval"] == [0, 10, 20]

@@ -1,0 +1,129 @@
+"""The fused operators against the layers they replace; the Triton kernels themselves in Triton's interpreter and on a GPU."""
+import importlib.util, subprocess, sys
+
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+
+from cs336_lm.kernels import (attention_op, fused_training_loss, kernel_errors, kernels_fit, linear_cross_entropy_op, use_kernels)
+from cs336_lm.layers import CausalMultiHeadSelfAttention, RotaryPositionalEmbedding
+from cs336_lm.optimization import cross_entropy
+from cs336_lm.transformer import ModelConfig, TransformerLM
+
+SMALL = ModelConfig(vocab_size=40, context_length=16, d_model=32, num_layers=2, num_heads=2, d_ff=64)
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=st.integers(1, 3), time=st.integers(1, 12), heads=st.integers(1, 4), turn=st.booleans(), seed=st.integers(0, 2**31))
+def test_fused_attention_is_the_layer(batch, time, heads, turn, seed):
+    torch.manual_seed(seed)
+    rope = RotaryPositionalEmbedding(10_000.0, 4, 12) if turn else None
+    layer = CausalMultiHeadSelfAttention(4 * heads, heads, rope, "clear").double()
+    x = torch.randn(batch, time, 4 * heads, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    weight = torch.randn(batch, time, 4 * heads, dtype=torch.float64)
+    results = []
+    for fused in (False, True):
+        layer.fused = use_kernels(TransformerLM(SMALL)).layers[0].attn.fused if fused else None
+        out = layer(x)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+    for a, b in zip(*results): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_attention_operator_passes_gradcheck():
+    qkv = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    angles = torch.rand(6, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: attention_op(x, angles.cos(), angles.sin(), 2)[0], qkv)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), vocab=st.integers(1, 20), seed=st.integers(0, 2**31), factor=st.floats(-3, 3))
+def test_fused_loss_is_cross_entropy(rows, vocab, seed, factor):
+    torch.manual_seed(seed)
+    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (rows, vocab))
+    targets = torch.randint(0, vocab, (rows,))
+    targets[1::3] = -100
+    ours, theirs = linear_cross_entropy_op(hidden, weight, targets, -100)[0], cross_entropy(hidden @ weight.T, targets)
+    for a, b in zip(*([loss, *torch.autograd.grad(factor * loss, (hidden, weight))] for loss in (ours, theirs))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_model_keeps_its_names_cache_and_cpu_path():
+    model = TransformerLM(SMALL)
+    names = list(model.state_dict())
+    ids = torch.randint(0, 40, (2, 10))
+    before = model(ids)
+    use_kernels(model)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(ids), before)
+    cache = model.make_cache()
+    torch.testing.assert_close(torch.cat([model(ids[:, :6], cache), model(ids[:, 6:], cache)], 1), before)
+    assert use_kernels(model, on=False).layers[0].attn.fused is None
+    assert not kernels_fit(SMALL, torch.device("cpu"), "bf16")
+
+
+def test_bf16_stream_stays_near_the_float32_stream():
+    torch.manual_seed(0)
+    model, ids = TransformerLM(SMALL), torch.randint(0, 40, (4, 17))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    exact = cross_entropy(model(inputs), targets)
+    use_kernels(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden(inputs).dtype == torch.bfloat16
+        loss = fused_training_loss(model, inputs, targets)
+    loss.backward()
+    assert abs(loss.item() - exact.item()) < 0.02 * exact.item()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_compiles_without_a_graph_break():
+    torch.manual_seed(0)
+    model, ids = use_kernels(TransformerLM(SMALL)), torch.randint(0, 40, (2, 9))
+    compiled = torch.compile(fused_training_loss, backend="aot_eager", fullgraph=True)
+    losses = [f(model, ids[:, :-1], ids[:, 1:]) for f in (compiled, fused_training_loss)]
+    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    for a, b in zip(*grads): torch.testing.assert_close(a, b)
+
+
+INTERPRETED = """
+import torch, triton.runtime.interpreter as interpreter
+before = interpreter._patch_lang_tensor
+def patched(tensor, *rest):
+    before(tensor, *rest)
+    tensor.__index__ = lambda self: int(self.handle.data.item())  # numpy 2.4 turns no array of one number into an int
+interpreter._patch_lang_tensor = patched
+import cs336_lm.kernels as k
+torch.manual_seed(0)
+for batch, time, heads, d, turn in ((2, 70, 2, 16, True), (1, 33, 1, 32, False)):
+    qkv, angles = torch.randn(batch, time, 3 * heads * d), torch.rand(time, d // 2)
+    cos, sin = (angles.cos(), angles.sin()) if turn else (None, None)
+    clear, clear_lse = k.attention_forward_clear(qkv, cos, sin, heads)
+    out, lse, grad, got = torch.empty_like(clear), torch.empty_like(clear_lse), torch.randn_like(clear), torch.empty_like(qkv)
+    scale, sizes = 1 / (0.6931471805599453 * d**0.5), (time, batch * heads)
+    k._launch(k._attention_forward, *sizes, (qkv, cos, sin, out, lse, time, heads), scale, turn, d, 64, BN=64)
+    torch.testing.assert_close((out, lse), (clear, clear_lse), rtol=1e-4, atol=1e-5)
+    delta = torch.empty_like(lse)
+    k._attention_delta[(1, batch * heads)](out, grad, delta, time, heads, d, 128)
+    for kernel in (k._attention_backward_keys, k._attention_backward_queries):
+        k._launch(kernel, *sizes, (qkv, cos, sin, lse, delta, grad, got, time, heads), scale, turn, d, 64, STREAM=32)
+    torch.testing.assert_close(got, k.attention_backward_clear(grad, qkv, cos, sin, clear, clear_lse, heads), rtol=1e-4, atol=1e-5)
+hidden, weight, targets = torch.randn(7, 8), torch.randn(100, 8), torch.randint(0, 100, (7,))
+targets[2] = -100
+logits, losses = hidden @ weight.T, torch.empty(7)
+k._cross_entropy[(7,)](logits, targets, losses, torch.tensor(6.0), 100, -100, 32)
+loss, grad = k.linear_cross_entropy_clear(hidden, weight, targets, -100)
+torch.testing.assert_close((losses.sum() / 6, logits), (loss, grad), rtol=1e-4, atol=1e-6)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (it comes with CUDA builds of torch)")
+def test_kernels_in_tritons_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sizes", [{}, dict(batch=1, time=64, heads=1, d=16), dict(batch=2, time=513, heads=3, d=64), dict(d=128, vocab=50_257)])
+def test_kernels_on_a_gpu(sizes):
+    errors = kernel_errors(**sizes)
+    assert max(errors.values()) < 1e-2, errors
