@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MaybePath', 'MaybeText', 'MaybeInt', 'MaybeFloat', 'TextOrCorpus', 'COMMANDS', 'HELP', 'INTRODUCTION', 'EXAMPLES',
-           'TARGETS', 'Command', 'command', 'main', 'data_list', 'data_download', 'data_make', 'data_describe', 'bpe',
-           'encode', 'generate', 'demo', 'figures']
+           'DataChoice', 'TARGETS', 'Command', 'command', 'main', 'data_list', 'data_download', 'data_make',
+           'data_describe', 'bpe', 'encode', 'generate', 'demo', 'figures', 'experiment_list', 'experiment_status',
+           'experiment_run', 'experiment_figures']
 
 # %% ../nbs/19_command_line.ipynb #d38db47c
 import contextlib, difflib, functools, io, json, os, re, sys, warnings
@@ -141,7 +142,8 @@ def _run(arguments: list[str]) -> int:
     "Do what the arguments say; the exit code."
     if not arguments or arguments[0] in HELP: print(_overview())
     elif arguments == ["--version"]: print(f"cs336_lm {__version__}")
-    elif arguments[0] == "data" and (len(arguments) == 1 or arguments[1] in HELP): print(_overview("data "))
+    elif arguments[0] in ("data", "experiment") and (len(arguments) == 1 or arguments[1] in HELP):
+        print(_overview(arguments[0] + " "))
     else: return _parse(*_find_command(arguments))() or 0
     return 0
 
@@ -474,8 +476,98 @@ def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> No
         directory: the folder of the pictures; the logs are in its runs/
         only: names of figures; default: all
     """
-    from cs336_lm.experiments import draw_figures
+    from cs336_lm.experiments import draw_figures, pending_figures
+    from cs336_lm.grids import GRIDS  # noqa: F401: it adds its figures
     for path in draw_figures(directory, only=only or None): print(path)
+    for name, runs in pending_figures(directory / "runs").items() if not only else ():
+        print(f"{name}: pending, {len(runs)} runs have no record ({runs[0]}{', ...' * (len(runs) > 1)})")
+
+# %% ../nbs/19_command_line.ipynb #dc9f322f
+_CORPORA = {"web": ("web-488MB", "runs"), "official": ("tinystories", "runs-official")}  # corpus, folder of the records
+DataChoice = Literal[tuple(_CORPORA)]
+
+
+def _cells(names: Sequence[str]) -> list:
+    "The cells that run names and grid names stand for. ValueError for a name that is neither."
+    from cs336_lm.grids import GRIDS, parse_name
+    cells = []
+    for name in names:
+        found = GRIDS[name].cells if name in GRIDS else [parse_name(name)]
+        if None in found:
+            raise ValueError(f"{name!r} is no run and no grid; see cs336 experiment list; grids: {', '.join(GRIDS)}")
+        cells += found
+    return cells
+
+# %% ../nbs/19_command_line.ipynb #701399bb
+@command("experiment list", "The grids of experiments, or the runs of one.",
+         "  cs336 experiment list\n  cs336 experiment list ablations")
+def experiment_list(grid: Positional[Optional[str]] = None) -> None:
+    """List.
+
+    Args:
+        grid: name of a grid whose runs are to be listed
+    """
+    from cs336_lm.grids import GRIDS
+    if grid is not None: return print(*(cell.name for cell in _cells([grid])), sep="\n")
+    for name, g in GRIDS.items(): print(f"{name:14s} {len(g.runs):3d} runs  {g.about}")
+
+
+@command("experiment status", "How many runs of each grid are recorded, and how they ended.", "  cs336 experiment status")
+def experiment_status(data: DataChoice = "web", figures: Path = Path("figures")) -> None:
+    """Status.
+
+    Args:
+        data: web (web-488MB) or official (TinyStories)
+        figures: the folder that holds the records
+    """
+    from cs336_lm.grids import GRIDS, grid_logs
+    logs = {g.cell.name: g for g in grid_logs(figures / _CORPORA[data][1])}
+    for name, grid in GRIDS.items():
+        found = [logs[run] for run in grid.runs if run in logs]
+        print(f"{name:14s} {len(found):3d} of {len(grid.runs)} recorded, {sum(g.diverged for g in found)} of them diverged")
+
+# %% ../nbs/19_command_line.ipynb #b6ee00e9
+@command("experiment run", "Train runs or grids of the catalogue and record them; what is recorded is skipped.",
+         "  cs336 experiment run small-base-lr3e-3-seed0\n  cs336 experiment run ablations --data official")
+def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web", device: str = "auto",
+                   figures: Path = Path("figures"), runs_dir: Path = Path("runs")) -> int:
+    """Run.
+
+    Args:
+        names: runs or grids of `cs336 experiment list`
+        data: web (web-488MB) or official (TinyStories)
+        device: auto, cpu, cuda, cuda:1, mps
+        figures: the folder that holds the records
+        runs_dir: where the run folders go
+    """
+    from cs336_lm.grids import prepare_cells, read_sources, run_cell
+    from cs336_lm.training import TrainParts
+    (corpus, place), cells, parts = _CORPORA[data], _cells(names), TrainParts()
+    todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
+    print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
+    prepared = prepare_cells(corpus, 10_000, progress=_progress()) if todo else None
+    for cell in todo:
+        log = run_cell(cell, prepared, runs_dir=runs_dir / place, records=figures / place, parts=parts, progress=_progress(),
+                       sources=read_sources(corpus, figures / place), changes={"device": device})
+        if log is None: return _report_stop(cell.name)
+        print(f"{cell.name}: {'diverged' if log.diverged else f'validation loss {log.loss:.4f}'}", flush=True)
+    return 0
+
+
+def _report_stop(name: str) -> int:
+    _say(f"interrupted in {name}; to go on: the same command again.")
+    return 130
+
+# %% ../nbs/19_command_line.ipynb #406c27c3
+@command("experiment figures", "Draw the figures that have all their records; name those that lack some.",
+         "  cs336 experiment figures")
+def experiment_figures(directory: Path = Path("figures")) -> None:
+    """Figures.
+
+    Args:
+        directory: the folder of the pictures; the logs are in its runs/
+    """
+    figures(directory)
 
 # %% ../nbs/19_command_line.ipynb #40bacece
 TARGETS = {"tinystories": (1.45, 327_680_000), "tinystories-low-resource": (2.00, 40_960_000)}  # the handout's

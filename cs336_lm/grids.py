@@ -8,11 +8,11 @@ __all__ = ['BUDGETS', 'VARIANTS', 'ABLATION_RATES', 'GRIDS', 'RUNS', 'SOURCES', 
            'describe_validation', 'document_losses', 'source_losses', 'student_cdf', 'student_quantile', 'Difference',
            'paired_difference', 'unigram_entropy', 'is_diverged', 'GridLog', 'grid_logs', 'losses_by_rate',
            'best_rates', 'best_rate', 'compare_variants', 'largest_stable_rate', 'RateFit', 'fit_minimum',
-           'prepare_cells', 'cell_config', 'measure_cell', 'run_cell', 'more_cells', 'stages', 'Queue', 'shape_of',
-           'Pace', 'work', 'pack_records', 'main', 'sharpness', 'gradient_noise', 'critical_batch', 'adam_scales',
-           'analyse_cell', 'distinct', 'copied', 'text_loss', 'smoothed', 'as_grid', 'rate_colours', 'draw_rates',
-           'plot_learning_rate', 'grid_caption', 'draw_band', 'plot_ablation', 'plot_ablation_grid', 'batch_of',
-           'best_of_batches', 'speed', 'plot_batch_size']
+           'prepare_cells', 'read_sources', 'cell_config', 'measure_cell', 'run_cell', 'more_cells', 'stages', 'Queue',
+           'shape_of', 'Pace', 'work', 'pack_records', 'main', 'sharpness', 'gradient_noise', 'critical_batch',
+           'adam_scales', 'analyse_cell', 'distinct', 'copied', 'text_loss', 'smoothed', 'as_grid', 'rate_colours',
+           'draw_rates', 'plot_learning_rate', 'grid_caption', 'draw_band', 'plot_ablation', 'plot_ablation_grid',
+           'batch_of', 'best_of_batches', 'speed', 'plot_batch_size']
 
 # %% ../nbs/14_learning_rate.ipynb #a3419486
 import argparse, json, math, os, re, shutil, signal, statistics, subprocess, sys, tarfile, time
@@ -458,6 +458,12 @@ def prepare_cells(corpus: str, vocab_size: int, directory: str | Path | None = N
     return Prepared(Corpus(corpus, *texts), tokenizer, tokenizer_dir, *files)
 
 # %% ../nbs/14_learning_rate.ipynb #182b64be
+def read_sources(corpus: str, *folders: str | Path) -> dict | None:
+    "The record NAME-sources.json of a corpus, from the first folder that has it."
+    path = next((p for folder in folders if (p := Path(folder) / f"{corpus}-sources.json").is_file()), None)
+    return json.loads(path.read_text(encoding="utf-8")) if path else None
+
+
 def cell_config(cell: Cell, prepared: Prepared, runs_dir: str | Path, changes: Mapping | None = None) -> TrainConfig:
     "The `TrainConfig` of a cell; `changes` are settings, those under \"model\" fields of its model."
     changes = dict(changes or {})
@@ -650,12 +656,11 @@ def _be_worker(args) -> None:
         print(line, flush=True)
         log.write(line + "\n")
     prepared = prepare_cells(args.corpus, 10_000, args.directory)
-    path = next((p for f in args.known if (p := f / f"{args.corpus}-sources.json").is_file()), None)
     groups = [[GRIDS[name] for name in names.split(",")] for names in args.grids]
     queue = Queue(groups, args.records, args.records / "claims", args.known)
     pace, changes = Pace(time.monotonic() + 60 * args.minutes), {"keep_checkpoints": 0} | args.set
-    try: work(queue, prepared, pace, runs_dir=args.runs_dir, changes=changes, say=say,
-              sources=json.loads(path.read_text(encoding="utf-8")) if path else None)
+    try: work(queue, prepared, pace, runs_dir=args.runs_dir, sources=read_sources(args.corpus, *args.known),
+              changes=changes, say=say)
     except KeyboardInterrupt: say("stopped between two cells")
 
 # %% ../nbs/14_learning_rate.ipynb #5614c6fa
