@@ -538,7 +538,8 @@ def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web",
     """
     from cs336_lm.grids import prepare_cells, read_sources, run_cell
     from cs336_lm.training import TrainParts
-    (corpus, place), cells, parts = _CORPORA[data], _cells(names), TrainParts()
+    (corpus, place), parts = _CORPORA[data], TrainParts()
+    cells = _cells(names)
     todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
     print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
     prepared = prepare_cells(corpus, 10_000, progress=_progress()) if todo else None
