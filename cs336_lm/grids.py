@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import matplotlib
@@ -44,7 +44,7 @@ from .training import (TokenRows, TrainConfig, TrainParts, autocast, learning_ra
 from .transformer import PRESETS, ModelConfig, TransformerLM
 
 # %% ../nbs/14_learning_rate.ipynb #be214448
-BUDGETS: dict[str, dict] = {"small": dict(batch_size=64, steps=2_500, warmup_steps=100, eval_every=500),
+BUDGETS: dict[str, dict] = {"small": dict(batch_size=64, steps=2_500, warmup_steps=100, eval_every=625),
                             "full": dict(batch_size=256, steps=5_000, warmup_steps=200, eval_every=500)}
 _EVERY_RUN = dict(log_every=10, checkpoint_every=0, keep_checkpoints=1)
 
@@ -135,12 +135,13 @@ ABLATION_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 @dataclass(frozen=True)
 class Grid:
-    "Variants by rates by seeds; afterwards `more` of the best rates of each variant get one more seed."
+    "Variants by rates by seeds; afterwards the best `more` rates of each variant get `further` seeds."
     about: str
     variants: tuple[str, ...]
     rates: tuple[float, ...]
     seeds: tuple[int, ...] = (0, 1)
     more: int = 1
+    further: tuple[int, ...] = (2,)
     budget: str = "small"
 
     @property
@@ -153,7 +154,7 @@ class Grid:
 # %% ../nbs/14_learning_rate.ipynb #1c86382c
 GRIDS: dict[str, Grid] = {
     "learning_rate": Grid("the base model from 1e-4 to rates that diverge", ("base",),
-                          (1e-4, 3e-4, 1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1e0), more=3),
+                          (1e-4, 3e-4, 1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1e0), (0,), 3, (1, 2)),
     "ablations": Grid("each ablation by five rates", ("base", "no-rmsnorm", "post-norm", "nope", "silu"), ABLATION_RATES),
     "cosine800": Grid("no RMSNorm with the original write-up's early end of the cosine", ("no-rmsnorm-cosine800",),
                       ABLATION_RATES),
@@ -472,10 +473,16 @@ def cell_config(cell: Cell, prepared: Prepared, runs_dir: str | Path, changes: M
     return run_config(cell.recipe(prepared.corpus.name), prepared, runs_dir, **{**changes, "model": model})
 
 
+@lru_cache(4)
+def _entropy_of(path: str, changed: int) -> float:
+    "The same file is read once for many runs."
+    return unigram_entropy(open_tokens(path))
+
+
 def measure_cell(model: nn.Module, config: TrainConfig, prepared: Prepared, sources: Mapping | None) -> dict:
     "What a grid run's record holds beside its curve."
     rows = open_rows(config.valid_tokens, config.model)
-    measures = {"unigram_entropy": unigram_entropy(open_tokens(config.train_tokens))}
+    measures = {"unigram_entropy": _entropy_of(config.train_tokens, os.stat(config.train_tokens).st_mtime_ns)}
     if config.device.startswith("cuda"): measures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if sources and sources["tokenizer"] == prepared.tokenizer.sha256 and sources["tokens"] == len(rows.tokens):
         losses = document_losses(model, rows, sources["starts"], batch_size=config.eval_batch_size,
@@ -505,12 +512,13 @@ def run_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs", r
 
 # %% ../nbs/14_learning_rate.ipynb #b346bb9c
 def more_cells(grid: Grid, logs: Sequence[GridLog]) -> list[Cell]:
-    "One more seed at the best rates of each variant whose cells are all recorded."
-    seed, cells = max(grid.seeds) + 1, []
+    "The further seeds at the best rates of each variant whose cells are all recorded."
+    cells = []
     for variant in grid.variants if grid.more else ():
         own = [g for g in logs if g.variant == variant and g.seed in grid.seeds and g.rate in grid.rates]
         if {(g.rate, g.seed) for g in own} >= {(c.rate, c.seed) for c in grid.cells if c.variant == variant}:
-            cells += [Cell(grid.budget, variant, rate, seed) for rate in best_rates(own, variant)[:grid.more]]
+            best = best_rates(own, variant)[:grid.more]
+            cells += [Cell(grid.budget, variant, rate, seed) for seed in grid.further for rate in best]
     return cells
 
 
@@ -634,7 +642,7 @@ def pack_records(records: Path, archive: Path) -> int:
 # %% ../nbs/14_learning_rate.ipynb #76735524
 def _arguments(words: Sequence[str] | None):
     parser = argparse.ArgumentParser(prog="python -m cs336_lm.grids", description="Run grids of experiments, resumably.")
-    parser.add_argument("grids", nargs="*", default=["learning_rate,ablations,cosine800", "batch_size"],
+    parser.add_argument("grids", nargs="*", default=["learning_rate,ablations", "cosine800", "batch_size"],
                         help=f"grids, those joined by commas side by side; of {', '.join(GRIDS)}")
     parser.add_argument("--corpus", default="web-488MB")
     parser.add_argument("--directory", type=Path, help="of the token files; default: CS336_DATA")
