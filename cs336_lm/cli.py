@@ -318,14 +318,19 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
     return None
 
 # %% ../nbs/19_command_line.ipynb #5a9cfc39
+def _speaks() -> bool: return os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes of a job
+
+
 def _report(result, again: str) -> int:
     "Print what became of a run, and how it goes on; the exit code."
+    code = {"finished": 0, "diverged": 1, "interrupted": 130}[result.status]
+    if not _speaks(): return code
     if e := result.evaluation:
         print(f"validation loss {e['loss']:.4f} nats a token, {e['bits_per_byte']:.4f} bits a byte, "
               f"perplexity {e['perplexity']:.2f}, at step {e['step']:,}")
     print(f"{result.folder}: {result.status}" + (f" ({result.reason})" if result.reason else ""))
     if result.status == "interrupted": _say(f"interrupted; to go on: {again}.")
-    return {"finished": 0, "diverged": 1, "interrupted": 130}[result.status]
+    return code
 
 # %% ../nbs/19_command_line.ipynb #6aee1987
 def _write_samples(folder: Path, count: int, seed: int, device: str) -> None:
@@ -344,7 +349,8 @@ def _write_samples(folder: Path, count: int, seed: int, device: str) -> None:
          "  cs336 train --preset tinystories\n"
          "  cs336 train --preset tinystories --name lr-1e-2 --max-lr 1e-2 --model.norm post\n"
          "  cs336 train --name mine --train-tokens a.npy --valid-tokens b.npy --tokenizer my-tokenizer\n"
-         "  cs336 train --resume runs/tinystories", builds=True)
+         "  cs336 train --resume runs/tinystories\n"
+         "  torchrun --nproc-per-node 8 -m cs336_lm.cli train --preset openwebtext --strategy fsdp", builds=True)
 def _build_train(arguments: list[str]) -> Callable:
     from cs336_lm.training import TrainConfig, load_config, train
     presets, resumed, chosen = _train_presets(), _value_of("--resume", arguments), _value_of("--preset", arguments)
@@ -362,7 +368,7 @@ def _build_train(arguments: list[str]) -> Callable:
         """
         result = train(config, resume=resume is not None, progress=_progress())
         code = _report(result, f"cs336 train --resume {result.folder}")
-        if code == 0: _write_samples(result.folder, samples, config.seed, config.device)
+        if code == 0 and _speaks(): _write_samples(result.folder, samples, config.seed, config.device)
         return code
     return run
 

@@ -90,7 +90,7 @@ def rendered(text: str, notebooks: str) -> str:
     "Markdown with figures and formulas in it, and links that lead from the page to the folder of notebooks."
     text = with_formulas(text)
     text = FIGURE.sub(lambda m: figure(m[1], m[2]), text)
-    return re.sub(r"\]\((\d\d_\w+\.ipynb)", rf"]({notebooks}/\1", text)
+    return re.sub(r"\]\((\d\d[a-z]?_\w+\.ipynb)", rf"]({notebooks}/\1", text)
 
 
 def selected(nb, notebooks: str):
