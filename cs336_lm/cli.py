@@ -542,15 +542,16 @@ def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web",
         figures: the folder that holds the records
         runs_dir: where the run folders go
     """
+    from functools import cache
     from cs336_lm.grids import prepare_cells, read_sources, run_cell
     from cs336_lm.training import TrainParts
     (corpus, place), parts = _CORPORA[data], TrainParts()
     cells = _cells(names)
     todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
     print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
-    prepared = prepare_cells(corpus, 10_000, progress=_progress()) if todo else None
+    prepared = cache(lambda vocab_size: prepare_cells(corpus, vocab_size, progress=_progress()))
     for cell in todo:
-        log = run_cell(cell, prepared, runs_dir=runs_dir / place, records=figures / place, parts=parts, progress=_progress(),
+        log = run_cell(cell, prepared(cell.recipe().vocab_size), runs_dir=runs_dir / place, records=figures / place, parts=parts, progress=_progress(),
                        sources=read_sources(corpus, figures / place), changes={"device": device})
         if log is None: return _report_stop(cell.name)
         print(f"{cell.name}: {'diverged' if log.diverged else f'validation loss {log.loss:.4f}'}", flush=True)
