@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MaybePath', 'MaybeText', 'MaybeInt', 'MaybeFloat', 'TextOrCorpus', 'COMMANDS', 'HELP', 'INTRODUCTION', 'EXAMPLES',
-           'DataChoice', 'TARGETS', 'Command', 'command', 'main', 'data_list', 'data_download', 'data_make',
-           'data_describe', 'bpe', 'encode', 'generate', 'demo', 'figures', 'experiment_list', 'experiment_status',
-           'experiment_run', 'experiment_figures']
+           'DataChoice', 'RunsOrGrids', 'TARGETS', 'Command', 'command', 'main', 'data_list', 'data_download',
+           'data_make', 'data_describe', 'bpe', 'encode', 'generate', 'demo', 'figures', 'experiment_list',
+           'experiment_status', 'experiment_run', 'experiment_figures']
 
 # %% ../nbs/19_command_line.ipynb #d38db47c
 import contextlib, difflib, functools, io, json, os, re, sys, warnings
@@ -487,6 +487,7 @@ def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> No
 # %% ../nbs/19_command_line.ipynb #dc9f322f
 _CORPORA = {"web": ("web-488MB", "runs"), "official": ("tinystories", "runs-official")}  # corpus, folder of the records
 DataChoice = Literal[tuple(_CORPORA)]
+RunsOrGrids = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|GRID ...")]
 
 
 def _cells(names: Sequence[str]) -> list:
@@ -531,7 +532,7 @@ def experiment_status(data: DataChoice = "web", figures: Path = Path("figures"))
 # %% ../nbs/19_command_line.ipynb #b6ee00e9
 @command("experiment run", "Train runs or grids of the catalogue and record them; what is recorded is skipped.",
          "  cs336 experiment run small-base-lr3e-3-seed0\n  cs336 experiment run ablations --data official")
-def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web", device: str = "auto",
+def experiment_run(names: RunsOrGrids, data: DataChoice = "web", device: str = "auto",
                    figures: Path = Path("figures"), runs_dir: Path = Path("runs")) -> int:
     """Run.
 
@@ -543,16 +544,20 @@ def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web",
         runs_dir: where the run folders go
     """
     from functools import cache
-    from cs336_lm.grids import prepare_cells, read_sources, run_cell
+    from cs336_lm.experiments import RUNS, run_experiment
+    from cs336_lm.grids import parse_name, prepare_cells, read_sources, run_cell
     from cs336_lm.training import TrainParts
     (corpus, place), parts = _CORPORA[data], TrainParts()
-    cells = _cells(names)
+    others = [name for name in names if name in RUNS and parse_name(name) is None]  # of chapter 13
+    cells = _cells([name for name in names if name not in others])
+    for name in others: run_experiment(name, runs_dir=runs_dir, records=figures / "runs", device=device, progress=_progress())
     todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
     print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
     prepared = cache(lambda vocab_size: prepare_cells(corpus, vocab_size, progress=_progress()))
     for cell in todo:
-        log = run_cell(cell, prepared(cell.recipe().vocab_size), runs_dir=runs_dir / place, records=figures / place, parts=parts, progress=_progress(),
-                       sources=read_sources(corpus, figures / place), changes={"device": device})
+        log = run_cell(cell, prepared(cell.recipe().vocab_size), runs_dir=runs_dir / place, records=figures / place,
+                       parts=parts, sources=read_sources(corpus, figures / place), progress=_progress(),
+                       changes={"device": device})
         if log is None: return _report_stop(cell.name)
         print(f"{cell.name}: {'diverged' if log.diverged else f'validation loss {log.loss:.4f}'}", flush=True)
     return 0

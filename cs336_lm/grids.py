@@ -12,7 +12,7 @@ __all__ = ['BUDGETS', 'VARIANTS', 'ABLATED', 'ABLATION_RATES', 'GRIDS', 'RUNS', 
            'more_cells', 'stages', 'Queue', 'shape_of', 'Pace', 'work', 'pack_records', 'main', 'sharpness',
            'gradient_noise', 'critical_batch', 'adam_scales', 'analyse_cell', 'distinct', 'copied', 'text_loss',
            'smoothed', 'as_grid', 'rate_colours', 'draw_rates', 'plot_learning_rate', 'grid_caption', 'draw_band',
-           'plot_ablation', 'plot_ablation_grid', 'batch_of', 'best_of_batches', 'speed', 'plot_batch_size',
+           'plot_ablation', 'plot_ablation_grid', 'batch_of', 'best_of_batches', 'speed', 'plot_batch_size', 'plot_web',
            'rate_table', 'figure_png']
 
 # %% ../nbs/14_learning_rate.ipynb #a3419486
@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from .corpora import END_OF_TEXT, FILES, Corpus, data_dir, read_documents, write_aside
 from .dataset import IGNORE_INDEX, TokenFile, document_starts, open_tokens, read_token_file
 from .experiments import (FIGURES, LINE_STYLES, PALETTE, RUNS, FigureRecipe, Prepared, Recipe, RunLog, caption,
-                                  column, figure_logs, pending_figures, prepare, read_log, record_run, run_config,
-                                  save_figure, styled, verbatim_runs)
+                                  column, figure_logs, pending_figures, plot_loss, prepare, read_log, record_run,
+                                  run_config, save_figure, styled, verbatim_runs)
 from .optimization import cross_entropy, token_losses
 from .tokenizer import Tokenizer
 from .training import (TokenRows, TrainConfig, TrainParts, autocast, learning_rate, list_checkpoints, open_rows,
@@ -81,19 +81,21 @@ VARIANTS: dict[str, Variant] = {
 # %% ../nbs/14_learning_rate.ipynb #9152cc19
 VARIANTS |= {
     **{f"vocab{n}": Variant(f"{n:,} entries", vocab_size=n) for n in (2_000, 32_000)},
-    **{f"context{n}": Variant(f"rows of {n} tokens", {"context_length": n}, {"batch_size": 64 * 256 // n}) for n in (64, 128, 512)},
+    **{f"context{n}": Variant(f"rows of {n} tokens", {"context_length": n}, {"batch_size": 64 * 256 // n})
+       for n in (64, 128, 512)},
     **{f"warmup{n}": Variant(f"{n} steps of warm-up", settings={"warmup_steps": n}) for n in (0, 25, 400)},
-    **{f"beta2-{b}": Variant(f"AdamW's second moment decays by {b}", settings={"betas": (0.9, b)}) for b in (0.99, 0.999)},
+    **{f"beta2-{b}": Variant(f"AdamW's second moment decays by {b}", settings={"betas": (0.9, b)})
+       for b in (0.99, 0.999)},
     **{f"decay{w}": Variant(f"weight decay {w}", settings={"weight_decay": w}) for w in (0.0, 0.01, 1.0)},
     "untied-std0.02": Variant("embeddings of standard deviation 0.02", {"embedding_std": 0.02}),
     "tied-std1": Variant("one table for both ends, standard deviation 1", {"tied_embeddings": True}),
     "tied-std0.02": Variant("one table for both ends, 0.02", {"tied_embeddings": True, "embedding_std": 0.02}),
-    **{f"{kind}-context512-32k": Variant(f"{about}, rows of 512 tokens, 32,000 entries", {"context_length": 512, "position": position},
-                                         {"batch_size": 32}, 32_000)
+    **{f"{kind}-context512-32k": Variant(f"{about}, rows of 512 tokens, 32,000 entries",
+                                         {"context_length": 512, "position": position}, {"batch_size": 32}, 32_000)
        for kind, position, about in (("rope", "rope", "RoPE"), ("nope", "none", "no position information"))},
     "web32k": Variant("the handout's model with 32,000 entries", vocab_size=32_000),
-    "writeup": Variant("the original write-up's leaderboard model", {k: getattr(PRESETS["writeup-openwebtext"], k) for k in (
-        "context_length", "d_ff", "num_layers", "tied_embeddings")}, {"batch_size": 64}, 32_000),
+    "writeup": Variant("the original write-up's leaderboard model", {k: getattr(PRESETS["writeup-openwebtext"], k) for k in
+                       ("context_length", "d_ff", "num_layers", "tied_embeddings")}, {"batch_size": 64}, 32_000),
 }
 
 # %% ../nbs/14_learning_rate.ipynb #54920caf
@@ -122,7 +124,8 @@ class Cell:
     def settings(self) -> dict:
         "Settings of `TrainConfig` beside its defaults."
         variant = VARIANTS[self.variant]
-        return {**_EVERY_RUN, **BUDGETS[self.budget], "model": replace(PRESETS["tinystories"], vocab_size=variant.vocab_size, **variant.model),
+        model = replace(PRESETS["tinystories"], vocab_size=variant.vocab_size, **variant.model)
+        return {**_EVERY_RUN, **BUDGETS[self.budget], "model": model,
                 "max_lr": self.rate, "min_lr": self.rate / 10, "seed": self.seed, **variant.settings}
 
     @property
@@ -179,7 +182,8 @@ GRIDS: dict[str, Grid] = {
     "cosine800": Grid("no RMSNorm with the original write-up's early end of the cosine", ("no-rmsnorm-cosine800",),
                       ABLATION_RATES),
     "batch_size": Grid("batches of 8 to 1,024 rows, three rates each",
-                       ("batch512", "batch128", "batch256", "batch32", "batch1024", "batch8"), (1e-3, 3e-3, 1e-2), (0,), 0),
+                       ("batch512", "batch128", "batch256", "batch32", "batch1024", "batch8"), (1e-3, 3e-3, 1e-2),
+                       (0,), 0),
     "batch_of_one": Grid("a row a step", ("batch1",), (3e-4, 1e-3), (0,), 0),
     "free_choices": Grid("one change each around the best cell", tuple(v for v in VARIANTS if re.match(
         "vocab|context|warmup|beta2|decay", v)), (3e-3,), (0, 1, 2), 0),
@@ -188,7 +192,8 @@ GRIDS: dict[str, Grid] = {
     "long_context": Grid("RoPE and NoPE at 512 tokens and 32,000 entries", ("rope-context512-32k", "nope-context512-32k"),
                          (1e-3, 3e-3, 1e-2)),
     "full": Grid("best and worst cells of the ablations at the full budget", ABLATED, (3e-3,), (0,), 0, budget="full"),
-    "main_experiment": Grid("the same model and steps with 32,000 entries", ("web32k",), (3e-3,), (0,), 0, budget="full"),
+    "main_experiment": Grid("the same model and steps with 32,000 entries", ("web32k",), (3e-3,), (0,), 0,
+                            budget="full"),
     "writeup": Grid("the write-up's leaderboard model", ("writeup",), (1e-3, 3e-3), (0,), 0, budget="full"),
 }
 
@@ -199,7 +204,8 @@ RUNS |= {cell.name: cell.recipe() for grid in GRIDS.values()
 SOURCES = ("encyclopedia", "transcripts", "novels", "proposals", "other")
 _SPEAKER = re.compile(r"^(?:[A-Z][\w.’'-]*,? ){0,3}[A-Z][\w.’'-]*:(?=\s|$)", re.M)  # a line of a transcript
 _PROPOSAL = re.compile(r"RFC PR:|^KEP-\d|^Release Signoff Checklist|\bThis KEP\b|\bPEPs?\b|^Kustomize", re.M)
-_BROWSER = re.compile(r"XUL|Mozilla|Firefox|Gecko|XPCOM|JSAPI|Thunderbird|\bNSS\b|criptable|\bnsI[A-Z]|\bB2G\b|\bCSS\b|« Previous")
+_BROWSER = re.compile(r"XUL|Mozilla|Firefox|Gecko|XPCOM|JSAPI|Thunderbird|\bNSS\b|criptable|\bnsI[A-Z]|\bB2G\b|\bCSS\b"
+                      r"|« Previous")
 _STORY = re.compile(r"\b(?:he|she|him|her|his|had|was|said|I|my)\b")
 
 
@@ -256,7 +262,7 @@ def run_hashes(tokens: np.ndarray, length: int = 16) -> np.ndarray:
 # %% ../nbs/14_learning_rate.ipynb #23521d9f
 def overlaps(train: np.ndarray, valid: np.ndarray, starts: np.ndarray, length: int = 16,
              block: int = 1 << 23) -> list[float]:
-    """For each document of `valid` (they begin at `starts`): the share of its runs of `length` tokens that stand in `train`."""
+    "For each document of `valid` (they begin at `starts`): the share of its runs of `length` tokens that stand in `train`."
     pieces = [run_hashes(piece, length) for piece in np.split(valid, starts[1:])]
     wanted = np.unique(np.concatenate(pieces))
     maybe, found = np.zeros(1 << 24, bool), np.zeros(len(wanted), bool)  # most runs of the training text fail at `maybe`
@@ -282,7 +288,8 @@ def describe_validation(prepared: Prepared, records: str | Path = "figures/runs"
     sources = about | {"sources": SOURCES, "starts": starts.tolist(), "tokens": len(valid),
                        "bytes": [len(text.encode()) for text in held_out], "source": [SOURCES.index(s) for s in labels],
                        "train_documents": Counter(train_labels),
-                       "train_bytes": {s: sum(len(t.encode()) for t, l in zip(texts, train_labels) if l == s) for s in SOURCES},
+                       "train_bytes": {s: sum(len(t.encode()) for t, l in zip(texts, train_labels) if l == s)
+                                       for s in SOURCES},
                        "naive_bayes_agrees": [a == b for a, b in zip(again, labels)]}
     duplicates = about | {"run": 16, "overlap": [round(share, 4) for share in overlaps(train, valid, starts)]}
     return [_write_json(Path(records) / f"{corpus.name}-{name}.json", value)
@@ -476,7 +483,8 @@ def fit_minimum(rates: Sequence[float], losses: Sequence[float]) -> RateFit | No
     return RateFit(float(np.exp(x[i] - b / (2 * a))), float(c - b * b / (4 * a)), float(2 * a))
 
 # %% ../nbs/14_learning_rate.ipynb #d7adf2fe
-def prepare_cells(corpus: str, vocab_size: int, directory: str | Path | None = None, progress: bool = False) -> Prepared:
+def prepare_cells(corpus: str, vocab_size: int, directory: str | Path | None = None,
+                  progress: bool = False) -> Prepared:
     "`prepare`; or, where the corpus's text is not here, its token files and tokenizer as they lie in `directory`."
     folder = data_dir() if directory is None else Path(directory)
     tokenizer_dir = folder / "tokenizers" / f"{corpus}-{vocab_size}"
@@ -632,18 +640,19 @@ def _stop_at(until: float) -> None:
     if math.isfinite(until): signal.setitimer(signal.ITIMER_REAL, max(until - time.monotonic(), 1e-3))
 
 # %% ../nbs/14_learning_rate.ipynb #01ce223d
-def work(queue: Queue, prepared: Callable[[int], Prepared], pace: Pace, *, runs_dir: str | Path, sources: Mapping | None = None,
-         changes: Mapping | None = None, say: Callable[[str], None] = print) -> int:
-    """Run cells from the queue until none is left or the time is short; how many were recorded. A failure ends its cell only.
+def work(queue: Queue, prepared: Callable[[int], Prepared], pace: Pace, *, runs_dir: str | Path,
+         sources: Mapping | None = None, changes: Mapping | None = None, say: Callable[[str], None] = print) -> int:
+    """Run cells from the queue until none is left or the time is short; how many were recorded.
 
-    `prepared(vocab_size)` gives tokens and tokenizer."""
+    `prepared(vocab_size)` gives tokens and tokenizer. A failure ends its cell only, three in a row end the work."""
     parts, done, failed, previous = TrainParts(), 0, 0, None
     _stop_at(pace.until)
     while failed < 3 and (cell := queue.take()):
         compiled, previous = shape_of(cell) == previous, shape_of(cell)
         if not pace.fits(cell, compiled): return _leave(queue, cell, done, "no time is left for it", say)
         began = time.monotonic()
-        try: log = run_cell(cell, prepared(VARIANTS[cell.variant].vocab_size), runs_dir=runs_dir, records=queue.records, sources=sources, parts=parts,
+        tokens = prepared(VARIANTS[cell.variant].vocab_size)
+        try: log = run_cell(cell, tokens, runs_dir=runs_dir, records=queue.records, sources=sources, parts=parts,
                             progress=False, changes=changes)
         except KeyboardInterrupt: log = None
         except Exception as error:  # out of memory, say: the cells after it may well run
@@ -772,7 +781,8 @@ def gradient_noise(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     small, large = squares / n, float((total / n).double().square().sum())
     signal = (n * large - small) / (n - 1)
     noise = (small - large) / (1 / rows - 1 / (n * rows))
-    return {"signal": signal, "noise": noise, "scale": noise / signal if signal > 0 else math.inf, "rows": rows, "batches": n}
+    return {"signal": signal, "noise": noise, "scale": noise / signal if signal > 0 else math.inf, "rows": rows,
+            "batches": n}
 
 
 def critical_batch(record: Mapping) -> float:
@@ -794,7 +804,8 @@ def adam_scales(checkpoint: Mapping, model: nn.Module) -> list[Tensor]:
 
 # %% ../nbs/14_learning_rate.ipynb #cb3fff98
 def analyse_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs", points: int = 10, rows: int = 32,
-                 noise_batches: int = 64, iterations: int = 20, device: str = "auto", changes: Mapping | None = None) -> dict:
+                 noise_batches: int = 64, iterations: int = 20, device: str = "auto",
+                 changes: Mapping | None = None) -> dict:
     """Train a cell with checkpoints on the way; at each, sharpness (plain, and with Adam's scales) and noise scale.
 
     `rows` rows a batch; uncompiled, float32, chapter 07's own attention. The record: {"points": [{"step", "lr",
@@ -818,7 +829,8 @@ def _analyse_checkpoint(path: Path, config: TrainConfig, data: TokenRows, where:
     model = TransformerLM(replace(config.model, attention="clear"))
     model.load_state_dict(checkpoint["model"])
     model.to(where)
-    step, batch = checkpoint["iteration"], lambda i: to_device(data.batch(rows, 1_000_003, i), where)  # never trained on in order
+    step = checkpoint["iteration"]
+    batch = lambda i: to_device(data.batch(rows, 1_000_003, i), where)  # of a seed that no run has
     inputs, targets = batch(0)
     with torch.no_grad(): loss = float(cross_entropy(model(inputs), targets))
     scales = adam_scales(checkpoint, model)
@@ -877,7 +889,8 @@ def draw_rates(ax, logs: Sequence[GridLog], variant: str, colour: str = PALETTE[
     finished = {rate: [x for x in seeds.values() if math.isfinite(x)] for rate, seeds in table.items()}
     for rate, values in finished.items(): ax.plot([rate] * len(values), values, "o", color=colour, ms=4, alpha=0.7)
     whole = [rate for rate in table if len(finished[rate]) == len(table[rate])]
-    ax.plot(whole, [statistics.mean(finished[rate]) for rate in whole], "-", color=colour, lw=1.2, label=label or variant)
+    means = [statistics.mean(finished[rate]) for rate in whole]
+    ax.plot(whole, means, "-", color=colour, lw=1.2, label=label or variant)
     broken = [rate for rate in table if rate not in whole]
     if broken: ax.plot(broken, [0.98] * len(broken), "x", color=colour, ms=8, mew=2, transform=ax.get_xaxis_transform(),
                        clip_on=False, label="diverged")
@@ -900,7 +913,8 @@ def plot_learning_rate(logs: Sequence[RunLog]) -> Figure:
     left.xaxis.set_major_formatter(EngFormatter())
     left.legend(title="peak rate", ncols=2, fontsize=8)
     _final_losses(right, grid)
-    figure.suptitle(f"Learning rate: {VARIANTS[grid[0].variant].about}, {grid[0].cell.tokens / 1e6:.1f} M tokens", fontsize=12)
+    about, tokens = VARIANTS[grid[0].variant].about, grid[0].cell.tokens
+    figure.suptitle(f"Learning rate: {about}, {tokens / 1e6:.1f} M tokens", fontsize=12)
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
     return figure
 
@@ -980,7 +994,8 @@ def plot_ablation_grid(logs: Sequence[RunLog]) -> Figure:
     low = mean[finite].min()
     figure = Figure(figsize=(8.6, 0.62 * len(variants) + 2.2))
     ax = figure.subplots()
-    picture = ax.imshow(np.where(finite, mean, math.nan), cmap="viridis_r", aspect="auto", norm=Normalize(low, low + 0.8))
+    picture = ax.imshow(np.where(finite, mean, math.nan), cmap="viridis_r", aspect="auto",
+                        norm=Normalize(low, low + 0.8))
     for i, v in enumerate(variants):
         for j, r in enumerate(rates): _write_cell(ax, i, j, tables[v].get(r), low)
         if (rate := best_rate(grid, v)) is not None:
@@ -1033,7 +1048,8 @@ def plot_batch_size(logs: Sequence[RunLog]) -> Figure:
         steps = best[size].log.steps
         ax.plot(column(steps, "step"), column(steps, "loss"), color=PALETTE[6], lw=0.6, label="as logged")
         ax.plot(column(steps, "step"), smoothed(column(steps, "loss")), color=PALETTE[0], lw=1.3, label="running mean")
-        ax.set(title=f"Batch size {size}, rate {rate_text(best[size].rate)}", xlabel="steps", ylabel="training loss", ylim=(3, 8))
+        ax.set(title=f"Batch size {size}, rate {rate_text(best[size].rate)}", xlabel="steps", ylabel="training loss",
+               ylim=(3, 8))
         ax.legend(fontsize=8)
     for ax, x in zip(axes[1], ("tokens", "step", "seconds")): _against(ax, best, colours, x)
     _costs(axes[2], best, as_grid(logs), colours)
@@ -1080,9 +1096,16 @@ def _ablation_figure(*variants: str) -> FigureRecipe:
     return _grid_figure(plot_ablation, [grid, *more], "; ".join(VARIANTS[v].about for v in variants))
 
 
+def plot_web(logs: Sequence[RunLog]) -> Figure:
+    "The write-up's leaderboard model on the web text, by wall clock."
+    return plot_loss(logs, "seconds", title=VARIANTS["writeup"].about.capitalize())
+
+
 FIGURES |= {
+    "fig7_openwebtext": FigureRecipe(plot_web, GRIDS["writeup"].runs, VARIANTS["writeup"].about),
     "fig1_learning_rate": _grid_figure(plot_learning_rate, [GRIDS["learning_rate"]], GRIDS["learning_rate"].about),
-    "fig2_batch_size": _grid_figure(plot_batch_size, [GRIDS["batch_size"], replace(GRIDS["batch_size"], variants=("base",))],
+    "fig2_batch_size": _grid_figure(plot_batch_size,
+                                    [GRIDS["batch_size"], replace(GRIDS["batch_size"], variants=("base",))],
                                     "batch sizes, each at its best rate"),
     "fig3_no_rmsnorm": _ablation_figure("no-rmsnorm", "no-rmsnorm-cosine800"),
     "fig4_post_norm": _ablation_figure("post-norm"), "fig5_nope": _ablation_figure("nope"),

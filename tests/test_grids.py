@@ -336,3 +336,27 @@ def test_smoothing_keeps_constants_and_bounds(values, width):
     values = np.array(values)
     found = gr.smoothed(values, width)
     assert len(found) == len(values) and values.min() - 1e-9 <= found.min() and found.max() <= values.max() + 1e-9
+
+
+# ---- the command
+
+def test_the_command_runs_a_cell_on_official_data_once_and_counts_it(prepared, tmp_path, monkeypatch, capsys):
+    from cs336_lm.cli import main
+    monkeypatch.setattr(gr, "prepare_cells", lambda corpus, vocab_size, **_: calls.append((corpus, vocab_size)) or prepared)
+    monkeypatch.setattr(gr, "cell_config", lambda cell, prepared, runs_dir, changes=None, real=gr.cell_config: real(cell, prepared, runs_dir, TOY | changes))
+    calls, line = [], f"experiment run small-nope-lr1e-2-seed0 --data official --device cpu --figures {tmp_path} --runs-dir {tmp_path / 'runs'}".split()
+    assert main(line) == 0 and main(line) == 0 and calls == [("tinystories", 10_000)]
+    assert "1 recorded already, 0 to run" in capsys.readouterr().out
+    assert ex.read_record("small-nope-lr1e-2-seed0", tmp_path / "runs-official").status == "finished"
+    assert main(["experiment", "status", "--data", "official", "--figures", str(tmp_path)]) == 0 == main(["experiment", "list"])
+    out = capsys.readouterr().out
+    assert "ablations        1 of 50 recorded" in out and all(name in out for name in gr.GRIDS)
+    assert main(["experiment", "list", "cosine800"]) == 0 and capsys.readouterr().out.split() == list(gr.GRIDS["cosine800"].runs)
+
+
+@pytest.mark.parametrize("line", ["experiment run small-base", "experiment list ablation", "experiment runs", "experiment run --data owt a"])
+def test_mistakes_of_the_command_are_one_line(line, capsys):
+    from cs336_lm.cli import main
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and "Traceback" not in err
