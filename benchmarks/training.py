@@ -9,9 +9,10 @@
 Peers: a GPT-2 block (LayerNorm, GELU, learned positions, tied table; PyTorch's SDPA) and transformers' Llama, both compiled, bf16
 autocast, PyTorch's fused AdamW and clipping. Llama gets our initial weights, so that its losses can be compared with ours.
 """
-import time
+import sys, time
 STARTED = time.time()
-import argparse, json, math, os, re, statistics, sys
+sys.path.pop(0)  # this folder, whose tokenizers.py would stand in for the package that transformers imports
+import argparse, json, re, statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -122,20 +123,21 @@ def llama(like: TransformerLM) -> nn.Module | None:
     try: from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError: return None
     c = like.config
-    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.num_layers,
-                         num_attention_heads=c.num_heads, num_key_value_heads=c.num_heads, max_position_embeddings=c.context_length, rms_norm_eps=1e-5,
-                         rope_theta=c.rope_theta, hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=c.tied_embeddings, use_cache=False)
-    model = LlamaForCausalLM(config)
-    names = {"token_embeddings": "model.embed_tokens", "ln_final": "model.norm", "layers.": "model.layers.", "attn.output_proj": "self_attn.o_proj",
-             "attn.": "self_attn.", "ffn.w1": "mlp.gate_proj", "ffn.w3": "mlp.up_proj", "ffn.w2": "mlp.down_proj", "ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
-    halves = torch.cat([torch.arange(0, c.d_head, 2), torch.arange(1, c.d_head, 2)])  # Llama turns halves where we turn neighbours
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_heads, max_position_embeddings=c.context_length, rms_norm_eps=1e-5, rope_theta=c.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, hidden_act="silu", attention_bias=False, mlp_bias=False,
+        tie_word_embeddings=c.tied_embeddings, use_cache=False))
+    places = {"token_embeddings": "embed_tokens", "ln_final": "norm", "attn.output_proj": "self_attn.o_proj", "attn": "self_attn", "ffn.w1": "mlp.gate_proj",
+              "ffn.w3": "mlp.up_proj", "ffn.w2": "mlp.down_proj", "ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
     state = {}
     for name, weight in like.state_dict().items():
-        if re.search("[qk]_proj", name): weight = weight.unflatten(0, (c.num_heads, c.d_head))[:, halves].flatten(0, 1)
-        for ours, theirs in names.items(): name = name.replace(ours, theirs) if not name.startswith("model.") or ours != "layers." else name
-        state[name] = weight
+        if re.search("[qk]_proj", name):  # Llama's RoPE turns halves of a head where ours turns neighbours
+            weight = weight.unflatten(0, (c.num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        name = re.sub("|".join(re.escape(place) for place in places), lambda found: places[found[0]], name)
+        state[name if name.startswith("lm_head") else f"model.{name}"] = weight
     model.load_state_dict(state)
-    return model
+    return model.float()
 
 
 class Batches:

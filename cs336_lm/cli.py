@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MaybePath', 'MaybeText', 'MaybeInt', 'MaybeFloat', 'TextOrCorpus', 'COMMANDS', 'HELP', 'INTRODUCTION', 'EXAMPLES',
-           'DataChoice', 'TARGETS', 'Command', 'command', 'main', 'data_list', 'data_download', 'data_make',
-           'data_describe', 'bpe', 'encode', 'generate', 'demo', 'figures', 'experiment_list', 'experiment_status',
-           'experiment_run', 'experiment_figures']
+           'DataChoice', 'RunsOrGrids', 'TARGETS', 'Command', 'command', 'main', 'data_list', 'data_download',
+           'data_make', 'data_describe', 'bpe', 'encode', 'generate', 'demo', 'figures', 'experiment_list',
+           'experiment_status', 'experiment_run', 'experiment_figures']
 
 # %% ../nbs/19_command_line.ipynb #d38db47c
 import contextlib, difflib, functools, io, json, os, re, sys, warnings
@@ -318,14 +318,19 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
     return None
 
 # %% ../nbs/19_command_line.ipynb #5a9cfc39
+def _speaks() -> bool: return os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes of a job
+
+
 def _report(result, again: str) -> int:
     "Print what became of a run, and how it goes on; the exit code."
+    code = {"finished": 0, "diverged": 1, "interrupted": 130}[result.status]
+    if not _speaks(): return code
     if e := result.evaluation:
         print(f"validation loss {e['loss']:.4f} nats a token, {e['bits_per_byte']:.4f} bits a byte, "
               f"perplexity {e['perplexity']:.2f}, at step {e['step']:,}")
     print(f"{result.folder}: {result.status}" + (f" ({result.reason})" if result.reason else ""))
     if result.status == "interrupted": _say(f"interrupted; to go on: {again}.")
-    return {"finished": 0, "diverged": 1, "interrupted": 130}[result.status]
+    return code
 
 # %% ../nbs/19_command_line.ipynb #6aee1987
 def _write_samples(folder: Path, count: int, seed: int, device: str) -> None:
@@ -344,7 +349,8 @@ def _write_samples(folder: Path, count: int, seed: int, device: str) -> None:
          "  cs336 train --preset tinystories\n"
          "  cs336 train --preset tinystories --name lr-1e-2 --max-lr 1e-2 --model.norm post\n"
          "  cs336 train --name mine --train-tokens a.npy --valid-tokens b.npy --tokenizer my-tokenizer\n"
-         "  cs336 train --resume runs/tinystories", builds=True)
+         "  cs336 train --resume runs/tinystories\n"
+         "  torchrun --nproc-per-node 8 -m cs336_lm.cli train --preset openwebtext --strategy fsdp", builds=True)
 def _build_train(arguments: list[str]) -> Callable:
     from cs336_lm.training import TrainConfig, load_config, train
     presets, resumed, chosen = _train_presets(), _value_of("--resume", arguments), _value_of("--preset", arguments)
@@ -362,7 +368,7 @@ def _build_train(arguments: list[str]) -> Callable:
         """
         result = train(config, resume=resume is not None, progress=_progress())
         code = _report(result, f"cs336 train --resume {result.folder}")
-        if code == 0: _write_samples(result.folder, samples, config.seed, config.device)
+        if code == 0 and _speaks(): _write_samples(result.folder, samples, config.seed, config.device)
         return code
     return run
 
@@ -485,6 +491,7 @@ def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> No
 # %% ../nbs/19_command_line.ipynb #dc9f322f
 _CORPORA = {"web": ("web-488MB", "runs"), "official": ("tinystories", "runs-official")}  # corpus, folder of the records
 DataChoice = Literal[tuple(_CORPORA)]
+RunsOrGrids = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|GRID ...")]
 
 
 def _cells(names: Sequence[str]) -> list:
@@ -529,7 +536,7 @@ def experiment_status(data: DataChoice = "web", figures: Path = Path("figures"))
 # %% ../nbs/19_command_line.ipynb #b6ee00e9
 @command("experiment run", "Train runs or grids of the catalogue and record them; what is recorded is skipped.",
          "  cs336 experiment run small-base-lr3e-3-seed0\n  cs336 experiment run ablations --data official")
-def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web", device: str = "auto",
+def experiment_run(names: RunsOrGrids, data: DataChoice = "web", device: str = "auto",
                    figures: Path = Path("figures"), runs_dir: Path = Path("runs")) -> int:
     """Run.
 
@@ -540,15 +547,21 @@ def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web",
         figures: the folder that holds the records
         runs_dir: where the run folders go
     """
-    from cs336_lm.grids import prepare_cells, read_sources, run_cell
+    from functools import cache
+    from cs336_lm.experiments import RUNS, run_experiment
+    from cs336_lm.grids import parse_name, prepare_cells, read_sources, run_cell
     from cs336_lm.training import TrainParts
-    (corpus, place), cells, parts = _CORPORA[data], _cells(names), TrainParts()
+    (corpus, place), parts = _CORPORA[data], TrainParts()
+    others = [name for name in names if name in RUNS and parse_name(name) is None]  # of chapter 13
+    cells = _cells([name for name in names if name not in others])
+    for name in others: run_experiment(name, runs_dir=runs_dir, records=figures / "runs", device=device, progress=_progress())
     todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
     print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
-    prepared = prepare_cells(corpus, 10_000, progress=_progress()) if todo else None
+    prepared = cache(lambda vocab_size: prepare_cells(corpus, vocab_size, progress=_progress()))
     for cell in todo:
-        log = run_cell(cell, prepared, runs_dir=runs_dir / place, records=figures / place, parts=parts, progress=_progress(),
-                       sources=read_sources(corpus, figures / place), changes={"device": device})
+        log = run_cell(cell, prepared(cell.recipe().vocab_size), runs_dir=runs_dir / place, records=figures / place,
+                       parts=parts, sources=read_sources(corpus, figures / place), progress=_progress(),
+                       changes={"device": device})
         if log is None: return _report_stop(cell.name)
         print(f"{cell.name}: {'diverged' if log.diverged else f'validation loss {log.loss:.4f}'}", flush=True)
     return 0

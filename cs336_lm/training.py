@@ -5,7 +5,8 @@
 # %% ../nbs/11_training.ipynb #5d6d4c85
 from __future__ import annotations
 
-import json, math, os, platform, re, signal, subprocess, threading, time, warnings, zipfile
+import hashlib, io, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,10 @@ from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
+from .distributed import (ModelCall, World, any_rank, bare_model, clip_gradients_over_ranks, deal_batches,
+                                  distribute_model, gather_state, gradients_stay_local, load_shards, mean_over_ranks,
+                                  on_rank_0, own_rows, processes, rank_bytes, rank_slice, read_shards, read_world,
+                                  save_shards, spread_state, sum_over_ranks, target_share)
 from .kernels import fused_training_loss, kernels_fit, use_kernels
 from .layers import swiglu_d_ff
 from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
@@ -33,15 +38,19 @@ from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
-__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'LOG_SCHEMA', 'FREE_ON_RESUME', 'training_loop', 'save_checkpoint',
-           'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig', 'config_from_dict', 'load_config',
-           'pick_device', 'resolve_config', 'float32_products', 'autocast', 'current_device', 'device_name',
-           'peak_flops', 'TokenRows', 'open_rows', 'to_device', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device',
-           'training_loss', 'evaluation_sums', 'evaluate', 'network_norms', 'Clock', 'Run', 'TrainStep', 'GraphedStep',
-           'initial_model', 'TrainParts', 'build_run', 'learning_rate', 'next_step', 'to_host', 'runs_behind',
-           'arrival', 'Diverged', 'send', 'receive', 'settle', 'append_log', 'log_step', 'list_checkpoints', 'save_run',
-           'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'record_evaluation', 'advance',
-           'TrainResult', 'train', 'train_many', 'load_model']
+__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE', 'FEW_STEPS', 'LOG_SCHEMA', 'FREE_ON_RESUME',
+           'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig',
+           'config_from_dict', 'load_config', 'pick_device', 'resolve_config', 'float32_products', 'autocast',
+           'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
+           'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'call_model',
+           'evaluate', 'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
+           'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
+           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged',
+           'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle', 'append_log',
+           'log_step', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'finish_saving',
+           'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance',
+           'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many',
+           'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -155,12 +164,12 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()  # the network
     rows: Literal["stream", "documents"] = "stream"  # rows cut anywhere, or one document a row from its beginning
     batch_size: int = 256  # rows a step
-    micro_batch: int | None = None  # rows at once, their gradients added up; saves memory alone; default: all
+    micro_batch: int = 0  # rows at once, their gradients added up: saves memory; 0: all
     steps: int = 5_000  # optimizer steps; they end the run and the learning rate's cycle
+    cosine_steps: int | None = None  # the step from which on the rate is min_lr; default: the last
     max_lr: float = 3e-3  # learning rate after the warmup
     min_lr: float = 3e-4  # learning rate of the last step
     warmup_steps: int = 200  # steps of linear rise from 0
-    cosine_steps: int | None = None  # the step from which on the rate is min_lr; default: the last
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay of the two moments
     eps: float = 1e-8  # AdamW's guard against division by zero
     weight_decay: float = 0.1  # AdamW's decoupled weight decay
@@ -175,7 +184,10 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto: bf16 on CUDA, else fp32
     compile: Literal["auto", "off", "inductor", "aot_eager"] = "auto"  # auto: inductor on CUDA, off on CPU
     graph: Literal["auto", "on", "off"] = "auto"  # record the step as a CUDA graph; auto: on CUDA, if compiled
-    kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's kernels, residual stream in bf16; auto: where they fit
+    kernels: Literal["auto", "on", "off"] = "auto"  # chapter 09b's, and the residual stream in bf16; auto: if they fit
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # of several processes: whole model on each, or its shards
+    memory_gb: float = 0.0  # memory to plan for, in GB; 0: what the GPU has free, and no plan on a CPU
+    tensorboard: bool = False  # write TensorBoard's files too (needs the extra cs336_lm[tensorboard])
     runs_dir: str = "runs"  # where run folders go
 
     def __post_init__(self) -> None: _check_config(self)
@@ -189,15 +201,16 @@ _RULES = [
     ("name", lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.+=-]*", v),
      "letters, digits and . _ + = - only, as it names a folder"),
     ("batch_size steps eval_batch_size log_every", _whole(1), "a whole number of at least 1"),
-    ("warmup_steps seed eval_every checkpoint_every keep_checkpoints", _whole(0), "a whole number of at least 0"),
+    ("warmup_steps seed eval_every checkpoint_every keep_checkpoints micro_batch", _whole(0),
+     "a whole number of at least 0"),
     ("max_lr max_grad_norm eps", _real(lambda v: v > 0), "above 0"),
-    ("min_lr weight_decay", _real(lambda v: v >= 0), "at least 0"),
+    ("min_lr weight_decay memory_gb", _real(lambda v: v >= 0), "at least 0"),
     ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
+    ("strategy", ("ddp", "fsdp").__contains__, "'ddp' or 'fsdp'"),
     ("rows", ("stream", "documents").__contains__, "'stream' or 'documents'"),
     ("precision", ("auto", "fp32", "tf32", "bf16").__contains__, "'auto', 'fp32', 'tf32' or 'bf16'"),
     ("compile", ("auto", "off", "inductor", "aot_eager").__contains__, "'auto', 'off', 'inductor' or 'aot_eager'"),
     ("graph kernels", ("auto", "on", "off").__contains__, "'auto', 'on' or 'off'"),
-    ("micro_batch", lambda v: v is None or _whole(1)(v), "a whole number of at least 1"),
 ]
 
 # %% ../nbs/11_training.ipynb #82445444
@@ -208,11 +221,11 @@ def _check_config(config: TrainConfig) -> None:
     for names, holds, need in _RULES:
         for name in names.split():
             if not holds(value := getattr(config, name)): raise ValueError(f"{name} is {value!r}, but must be {need}")
+    if config.warmup_steps >= config.steps:
+        raise ValueError(f"warmup_steps is {config.warmup_steps}, but must be below steps, {config.steps}")
     if config.cosine_steps is not None and not config.warmup_steps < config.cosine_steps <= config.steps:
         raise ValueError(f"cosine_steps is {config.cosine_steps}, but must be above warmup_steps, {config.warmup_steps}, "
                          f"and at most steps, {config.steps}")
-    if config.warmup_steps >= config.steps:
-        raise ValueError(f"warmup_steps is {config.warmup_steps}, but must be below steps, {config.steps}")
     if config.min_lr > config.max_lr:
         raise ValueError(f"min_lr is {config.min_lr}, but must be at most max_lr, {config.max_lr}")
     if config.batch_size % (config.micro_batch or config.batch_size):
@@ -253,20 +266,23 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 # %% ../nbs/11_training.ipynb #5f4b2671
-def resolve_config(config: TrainConfig) -> TrainConfig:
-    "The configuration with every `auto` replaced by what it means on this machine. `ValueError` for what it cannot do."
-    device = pick_device(config.device)
+def resolve_config(config: TrainConfig, world: World = World()) -> TrainConfig:
+    "The configuration with every `auto` replaced by what it means for this process. `ValueError` for what cannot be."
+    device = torch.device(world.device) if world.size > 1 else pick_device(config.device)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = config.precision if config.precision != "auto" else "bf16" if bf16 else "fp32"
     if precision == "tf32" and device.type != "cuda": raise ValueError("precision tf32 exists on CUDA only; use fp32")
     if precision == "bf16" and device.type == "mps": raise ValueError("precision bf16 is not offered on mps; use fp32")
     backend = {"cuda": "inductor", "mps": "aot_eager", "cpu": "off"}[device.type]
     compile = backend if config.compile == "auto" else config.compile
-    graph = config.graph if config.graph != "auto" else "on" if device.type == "cuda" and compile != "off" else "off"
-    if graph == "on" and device.type != "cuda": raise ValueError("graph 'on' exists on CUDA only; use 'auto' or 'off'")
-    fit = kernels_fit(config.model, device, precision)
-    if config.kernels == "on" and not fit: raise ValueError("kernels 'on' needs CUDA, Triton, bf16 and heads 16 to 128 wide; use 'auto'")
+    can_record = device.type == "cuda" and world.size == 1
+    graph = config.graph if config.graph != "auto" else "on" if can_record and compile != "off" else "off"
+    if graph == "on" and not can_record: raise ValueError("graph 'on' is for one GPU only; use 'auto' or 'off'")
+    sharded = world.size > 1 and config.strategy == "fsdp"
+    fit = not sharded and kernels_fit(config.model, device, precision)
     kernels = config.kernels if config.kernels != "auto" else "on" if fit else "off"
+    if kernels == "on" and not fit:
+        raise ValueError("kernels 'on' needs CUDA, Triton, bf16, heads of 16 to 128, no fsdp; use 'auto' or 'off'")
     return replace(config, device=str(device), precision=precision, compile=compile, graph=graph, kernels=kernels)
 
 # %% ../nbs/11_training.ipynb #a6a93d48
@@ -284,9 +300,9 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def current_device(device: torch.device):
+def current_device(device: str):
     "A context in which streams and events are those of this card, where there are several."
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
 
 # %% ../nbs/11_training.ipynb #1dd7682a
 # Dense TFLOP/s by NVIDIA's data sheets; fp32 is without tensor cores. Of several names that fit, the longest counts.
@@ -355,8 +371,23 @@ def open_rows(path: str | os.PathLike, model: ModelConfig, rows: str = "stream",
     if file.tokenizer["vocab_size"] > model.vocab_size:
         raise ValueError(f"{path} has ids up to {file.tokenizer['vocab_size'] - 1}, but the model's vocab_size is "
                          f"{model.vocab_size}; set it to at least {file.tokenizer['vocab_size']}")
+    _check_ids(path, tokens, file.tokenizer["vocab_size"])
     if rows == "documents": return _open_document_rows(file, tokens, model, tokenizer)
     return TokenRows(file, tokens, model.context_length)
+
+# %% ../nbs/11_training.ipynb #090eb327
+def sample_tokens(tokens: np.ndarray, stretches: int = 64, length: int = 4_096) -> np.ndarray:
+    "Evenly spread stretches of a token file, its beginning and end among them; all of a small one."
+    if len(tokens) <= stretches * length: return np.array(tokens)
+    starts = np.linspace(0, len(tokens) - length, stretches).astype(np.int64)
+    return np.concatenate([tokens[start:start + length] for start in starts])
+
+
+def _check_ids(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) -> None:
+    "`ValueError` where stretches of a token file hold ids that its tokenizer has not."
+    if len(tokens) and (largest := int(sample_tokens(tokens).max())) >= vocab_size:
+        raise ValueError(f"{path} holds the id {largest}, but its tokenizer has only {vocab_size}; it is damaged, "
+                         "encode the text again")
 
 # %% ../nbs/11_training.ipynb #482669aa
 def _check_length(rows: TokenRows, least: int) -> None:
@@ -422,31 +453,32 @@ class DeviceRows:
 
 # %% ../nbs/11_training.ipynb #585e510a
 class Prefetch:
-    "`make(step)`, made ahead of time by a thread for the `ahead` steps after the one asked for."
-    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], ahead: int = 4) -> None:
-        self.make, self.ahead, self.thread = make, ahead, ThreadPoolExecutor(1, "prefetch")
+    "`finish(make(step))`; a thread makes it ahead of time for the `ahead` steps after the one asked for."
+    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], finish: Callable = lambda batch: batch,
+                 ahead: int = 4) -> None:
+        self.make, self.finish, self.ahead, self.thread = make, finish, ahead, ThreadPoolExecutor(1, "prefetch")
         self.coming: dict[int, Future] = {}
 
     def __call__(self, step: int) -> tuple[Tensor, ...]:
         for s in range(step, step + self.ahead + 1):
             if s not in self.coming: self.coming[s] = self.thread.submit(self.make, s)
-        return self.coming.pop(step).result()
+        return self.finish(self.coming.pop(step).result())
 
     def close(self) -> None: self.thread.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/11_training.ipynb #4b787f63
-def batch_source(rows: TokenRows | DeviceRows, config: TrainConfig, device: torch.device) -> Callable:
-    "The function from a step to its inputs and targets on the device."
-    make = lambda step: rows.batch(config.batch_size, config.seed, step)
+def batch_source(rows: TokenRows | DeviceRows, config: TrainConfig, world: World = World()) -> Callable:
+    "The function from a step to this process's inputs and targets on the device."
+    own, device = rank_slice(config.batch_size, world), torch.device(config.device)
+    make = lambda step: tuple(t[own] for t in rows.batch(config.batch_size, config.seed, step))
     if isinstance(rows, DeviceRows): return make
     if device.type != "cuda": return lambda step: to_device(make(step), device)
-    ahead = Prefetch(lambda step: tuple(t.pin_memory() for t in make(step)))
-    return lambda step: to_device(ahead(step), device)
+    return Prefetch(lambda step: tuple(t.pin_memory() for t in make(step)), lambda batch: to_device(batch, device))
 
 
-def fits_device(tokens: np.ndarray, device: torch.device) -> bool:
-    "Whether the tokens take at most a quarter of what the GPU has free. Never on a device other than CUDA."
-    return device.type == "cuda" and 4 * tokens.nbytes <= torch.cuda.mem_get_info(device)[0]
+def fits_device(tokens: np.ndarray, device: torch.device, planned: int) -> bool:
+    "Whether a GPU has room for the tokens beside `planned` bytes. Never on another device."
+    return device.type == "cuda" and tokens.nbytes + planned <= free_bytes(device)
 
 # %% ../nbs/11_training.ipynb #64b9a5e3
 def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -459,6 +491,12 @@ def evaluation_sums(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor
     logits, counted = model(inputs), targets != IGNORE_INDEX
     variance = logits.float().var(dim=-1, correction=0) * counted
     return torch.stack([token_losses(logits, targets).sum(), counted.sum(), variance.sum()])
+
+# %% ../nbs/11_training.ipynb #1648b7ae
+def call_model(model: nn.Module, function: Callable, *args: Tensor) -> Tensor:
+    "`function(model, *args)`, within the model's wrapper for several processes if it has one."
+    wrapped = isinstance(model, (ModelCall, nn.parallel.DistributedDataParallel))
+    return model(function, *args) if wrapped else function(model, *args)
 
 # %% ../nbs/11_training.ipynb #76762882
 def _filled(batch: tuple[Tensor, Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
@@ -482,33 +520,42 @@ def _bar(progress: bool, **settings) -> tqdm:
 # %% ../nbs/11_training.ipynb #d8f232f4
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: TokenRows, *, batch_size: int = 64, precision: str = "fp32",
-             function: Callable = evaluation_sums, progress: bool = False) -> dict[str, float]:
+             function: Callable = evaluation_sums, progress: bool = False, world: World = World()) -> dict[str, float]:
     """`loss` (nats a token), `bits_per_byte`, `perplexity` and `logit_std` over every target of a token file.
 
-    `function` is `evaluation_sums` or its compiled form; `batch_size` changes the speed alone.
+    `function` is `evaluation_sums` or its compiled form; `batch_size` changes the speed alone. The processes of `world`
+    share the work and have the same result.
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
     sums = []
     with _bar(progress, total=len(rows.tokens), unit="token", unit_scale=True, desc="evaluate", leave=False) as bar:
-        for batch in rows.every(batch_size):
+        for batch in deal_batches(rows.every(batch_size), world):
             inputs, targets = to_device(_filled(batch, batch_size), device)
-            with autocast(device, precision): sums.append(function(model, inputs, targets))
-            bar.update(int((batch[1] != IGNORE_INDEX).sum()))
+            with autocast(device, precision): sums.append(call_model(model, function, inputs, targets))
+            bar.update(world.size * int((batch[1] != IGNORE_INDEX).sum()))
     model.train(training)
-    return _measures(torch.stack(sums).cpu().double().sum(0), rows.file.tokens / rows.file.bytes)
+    total = sum_over_ranks(torch.stack(sums).cpu().double().sum(0))
+    return _measures(total, rows.file.tokens / rows.file.bytes)
 
 # %% ../nbs/11_training.ipynb #7a488645
 @torch.no_grad()
-def network_norms(model: TransformerLM, inputs: Tensor) -> dict[str, float | list[float]]:
-    "`weight_norm` (l2, all parameters) and `block_rms`: root mean square of the residual stream after each block."
-    weight_norm = torch.stack([p.float().norm() for p in model.parameters()]).norm()
+def weight_norm(model: nn.Module) -> float:
+    "The l2 norm of all parameters; of a sharded model's, all processes call it together."
+    squares = {False: [], True: []}  # of whole parameters, and of this process's shards of the others
+    for p in model.parameters(): squares[own_rows(p) is not p].append(own_rows(p).float().square().sum())
+    whole, shards = (torch.stack(found).sum() if found else None for found in squares.values())
+    parts = [whole] if shards is None else [sum_over_ranks(shards), *([] if whole is None else [whole])]
+    return sum(parts).sqrt().item()
+
+
+def block_sizes(model: TransformerLM, inputs: Tensor) -> Tensor:
+    "Root mean square of the residual stream after each block, shape (blocks)."
     x, sizes = model.token_embeddings(inputs), []
     for block in model.layers:
         x = block(x)
         sizes.append(x.float().square().mean().sqrt())
-    weight_norm, *sizes = torch.stack([weight_norm, *sizes]).tolist()
-    return {"weight_norm": weight_norm, "block_rms": sizes}
+    return torch.stack(sizes)
 
 # %% ../nbs/11_training.ipynb #8a283bef
 class Clock:
@@ -548,6 +595,9 @@ class Run:
     batch: Callable[[int], tuple[Tensor, Tensor]]  # a step's inputs and targets, on the device
     train_step: TrainStep
     evaluation_function: Callable
+    world: World  # the processes that train together; mostly one
+    data: dict  # what it learns from: texts, tokenizer, tokens
+    watch: LossWatch
 
     step: int = 0  # steps done
     tokens: int = 0  # targets learned from, padding not counted
@@ -558,12 +608,19 @@ class Run:
     settled: int = 0  # steps whose values have arrived
     grad_norm: float = 0.0
     saved_step: int | None = None  # of the newest checkpoint
+    good_step: int | None = None  # of the newest one that was saved while the loss looked good
     saving: Future | None = None  # a checkpoint that is being written beside the training
     evaluation: dict | None = None  # the last one's log line
     listeners: list[Callable[[dict], None]] = field(default_factory=list)  # told of every line of the log
 
     @property
     def device(self) -> torch.device: return torch.device(self.config.device)
+
+    def close(self) -> None:
+        "Give back at once what only this run needed: the recorded step's memory, gradients, the thread of batches."
+        self.train_step.work = self.train_step.step
+        self.train_step.model.zero_grad()
+        if isinstance(self.batch, Prefetch): self.batch.close()
 
 # %% ../nbs/11_training.ipynb #e3e7cd24
 def _compiled(function: Callable, backend: str) -> Callable:
@@ -581,17 +638,51 @@ def _open_data(config: TrainConfig) -> tuple[Tokenizer | None, TokenRows, TokenR
         raise ValueError(f"{config.train_tokens} and {config.valid_tokens} have different tokenizers; encode one again")
     return tokenizer, train_rows, valid_rows
 
+# %% ../nbs/11_training.ipynb #4dde9353
+def planned_bytes(config: TrainConfig, world: World = World(), rows: int | None = None) -> int:
+    "Bytes that each process of a resolved run needs at most, with `rows` rows (default: as configured) at once."
+    rows = rows or config.micro_batch or config.batch_size // world.size
+    number, model = (2 if config.precision == "bf16" else 4), config.model
+    held = rank_bytes(model, world.size, 3 if config.strategy == "fsdp" and world.size > 1 else 0, rows, number)
+    logits = model.context_length * model.vocab_size
+    held["activations"] -= 4 * rows * logits * (config.kernels == "on")
+    evaluation = config.eval_batch_size * logits * (number + 8)  # the logits, their float32 copy, and an exponential
+    return int(sum(held.values()) - held["activations"] + max(held["activations"], evaluation))
+
+# %% ../nbs/11_training.ipynb #d78139e4
+def free_bytes(device: torch.device) -> int | None:
+    "Bytes that tensors can still take on a GPU; None for other devices."
+    if device.type != "cuda": return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def check_memory(config: TrainConfig, world: World = World()) -> None:
+    "`ValueError` where a resolved run plans more than there is, with the largest batch and micro-batch that fit."
+    capacity = 1e9 * config.memory_gb or free_bytes(torch.device(config.device))
+    if capacity is None or (needed := planned_bytes(config, world)) <= capacity: return
+    share = config.batch_size // world.size
+    fitting = [rows for rows in range(1, share + 1) if planned_bytes(config, world, rows) <= capacity]
+    parts = [rows for rows in fitting if share % rows == 0]
+    remedy = (f"take --batch-size {fitting[-1] * world.size}, or keep the batch and take --micro-batch {parts[-1]}"
+              if parts else f"not even one row fits beside eval_batch_size {config.eval_batch_size}; lower that, or "
+              "take a smaller model or context")
+    raise ValueError(f"batch_size {config.batch_size} needs up to {needed / 1e9:.2f} GB with "
+                     f"{config.micro_batch or share} rows at once, but {config.device} has {capacity / 1e9:.2f} GB; "
+                     f"{remedy}")
+
 # %% ../nbs/11_training.ipynb #5af151ca
 class TrainStep:
     """One optimizer step on a batch. Its loss (mean nats a target) and gradient norm are tensors on the device.
 
-    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows are worked on at once; with `graph` the
-    whole step is a `GraphedStep`. Nothing in it waits for the device."""
+    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with `graph` the
+    whole step is a `GraphedStep`. `model` may be wrapped for several processes (`distribute_model` of a `ModelCall`),
+    whose rows have `uneven` numbers of targets or not. Nothing in it waits for the device."""
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
-                 precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int | None = None,
+                 precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int = 0, uneven: bool = False,
                  graph: bool = False) -> None:
         self.model, self.optimizer, self.loss_function = model, optimizer, loss_function or training_loss
-        self.precision, self.max_grad_norm, self.micro_batch = precision, max_grad_norm, micro_batch
+        self.precision, self.max_grad_norm, self.micro_batch, self.uneven = precision, max_grad_norm, micro_batch, uneven
         self.device = next(model.parameters()).device
         self.work = GraphedStep(self.step) if graph else self.step
         capturable = any(group.get("capturable") for group in optimizer.param_groups)
@@ -607,18 +698,21 @@ class TrainStep:
         "Forward, backward, clip, update."
         self.optimizer.zero_grad()
         loss = self.loss_and_gradients(inputs, targets)
-        norm = clip_gradients(self.model.parameters(), self.max_grad_norm)
+        norm = clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         return loss, norm
 
     def loss_and_gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
         "The batch's loss, its gradients added to the parameters'."
-        rows, total = self.micro_batch or len(inputs), 0
-        targets_in_all = (targets != IGNORE_INDEX).sum()
-        for x, y in zip(inputs.split(rows), targets.split(rows)):
-            with autocast(self.device, self.precision): loss = self.loss_function(self.model, x, y)
-            if rows < len(inputs): loss = loss * ((y != IGNORE_INDEX).sum() / targets_in_all)
-            loss.backward()
+        rows, total, share = self.micro_batch or len(inputs), 0, target_share(targets) if self.uneven else 1
+        counted = (targets != IGNORE_INDEX).sum()
+        for start in range(0, len(inputs), rows):
+            x, y = inputs[start:start + rows], targets[start:start + rows]
+            with gradients_stay_local(self.model, stay=start + rows < len(inputs)):
+                with autocast(self.device, self.precision): loss = call_model(self.model, self.loss_function, x, y)
+                if rows < len(inputs): loss = loss * ((y != IGNORE_INDEX).sum() / counted)
+                if self.uneven: loss = loss * share
+                loss.backward()
             total = total + loss.detach()
         return total
 
@@ -668,7 +762,7 @@ def initial_model(config: ModelConfig, seed: int) -> TransformerLM:
     model.load_state_dict(own | {k: v for k, v in gated.items() if k in own and own[k].shape == v.shape})
     return model
 
-# %% ../nbs/11_training.ipynb #2d8a5095
+# %% ../nbs/11_training.ipynb #f743b950
 @dataclass
 class TrainParts:
     "The model's memory, its compiled functions and tokens on the device, taken from one run to the next by `train`."
@@ -679,49 +773,71 @@ class TrainParts:
     update: Callable | None = None
     tokens: dict[tuple, DeviceRows] = field(default_factory=dict)
 
-    def fit(self, config: TrainConfig) -> None:
+    def fit(self, config: TrainConfig, world: World = World()) -> None:
         "Make the parts fit a run: the model gets the weights of its seed, the rest is made anew where it must be."
         needs = (config.model, config.device, config.compile, config.precision, config.batch_size, config.micro_batch,
                  config.eval_batch_size, config.rows, config.kernels)
         fresh = initial_model(config.model, config.seed)
-        if self.made_for == needs: return self._refill(fresh)
+        if self.made_for == needs and world.size == 1: return self._refill(fresh)
         if config.compile != "off": torch.compiler.reset()  # it keeps eight variants of a function and then gives up
-        self.made_for, self.model = needs, fresh.to(config.device)
+        self.made_for, self.model = needs, fresh
+        if world.size > 1 and config.strategy == "fsdp": return self._compile_blocks(config.compile)
+        self.model.to(config.device)
         use_kernels(self.model, config.kernels == "on")
         self.loss_function = _compiled(fused_training_loss if config.kernels == "on" else training_loss, config.compile)
         self.evaluation_function = _compiled(evaluation_sums, config.compile)
         self.update = _compiled(adamw_update_capturable, config.compile)
+
+    def _compile_blocks(self, backend: str) -> None:
+        "The parts of a model that will be sharded: what gathers a block's weights stands between compiled blocks."
+        self.loss_function, self.evaluation_function = training_loss, evaluation_sums
+        if backend == "off": return
+        for block in self.model.layers: block.compile(backend=backend, dynamic=False)
 
     @torch.no_grad()
     def _refill(self, fresh: TransformerLM) -> None:
         for old, new in zip(self.model.parameters(), fresh.parameters(), strict=True): old.copy_(new)
         self.model.zero_grad()
 
-    def rows(self, rows: TokenRows, device: torch.device) -> TokenRows | DeviceRows:
+    def rows(self, rows: TokenRows, config: TrainConfig, world: World) -> TokenRows | DeviceRows:
         "The rows with their tokens on the device, if there is room."
+        device = torch.device(config.device)
         about = os.stat(rows.file.path)
         key = (str(rows.file.path), about.st_size, about.st_mtime_ns, rows.context_length, rows.separator_id)
         if key not in self.tokens:
             self.tokens.clear()
-            if not fits_device(rows.tokens, device): return rows
+            if not fits_device(rows.tokens, device, planned_bytes(config, world)): return rows
             self.tokens[key] = DeviceRows(rows, device)
         return self.tokens[key]
 
 # %% ../nbs/11_training.ipynb #4b14c26e
-def build_run(config: TrainConfig, parts: TrainParts | None = None) -> Run:
+def build_run(config: TrainConfig, parts: TrainParts | None = None, world: World = World()) -> Run:
     "A run at step 0, its parts checked against each other. `config` is resolved; nothing is written yet."
     tokenizer, train_rows, valid_rows = _open_data(config)
-    parts, device = parts or TrainParts(), torch.device(config.device)
-    parts.fit(config)
-    optimizer = AdamW(parts.model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-                      capturable=device.type == "cuda")
-    optimizer.update = parts.update
-    train_step = TrainStep(parts.model, optimizer, parts.loss_function, precision=config.precision,
+    parts = parts or TrainParts()
+    parts.fit(config, world)
+    model = distribute_model(ModelCall(parts.model), world, config.strategy, config.precision) \
+        if world.size > 1 else parts.model
+    settings = dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    optimizer = AdamW(model.parameters(), **settings, capturable=can_be_recorded(config, world))
+    if optimizer.param_groups[0]["capturable"]: optimizer.update = parts.update
+    train_step = TrainStep(model, optimizer, parts.loss_function, precision=autocast_precision(config, world),
                            max_grad_norm=config.max_grad_norm, micro_batch=config.micro_batch,
-                           graph=config.graph == "on")
-    batch = batch_source(parts.rows(train_rows, device), config, device)
+                           uneven=world.size > 1 and config.rows == "documents", graph=config.graph == "on")
+    batch = batch_source(parts.rows(train_rows, config, world), config, world)
     return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, parts.model, optimizer,
-               batch, train_step, parts.evaluation_function)
+               batch, train_step, parts.evaluation_function, world, _data(train_rows, valid_rows),
+               LossWatch(divergence_window(config.steps)))
+
+# %% ../nbs/11_training.ipynb #538fb15b
+def is_sharded(config: TrainConfig, world: World) -> bool: return world.size > 1 and config.strategy == "fsdp"
+def autocast_precision(config: TrainConfig, world: World) -> str:
+    "The precision that the step's autocast sees to."
+    return "fp32" if is_sharded(config, world) else config.precision
+
+
+def can_be_recorded(config: TrainConfig, world: World) -> bool:
+    return torch.device(config.device).type == "cuda" and world.size == 1
 
 # %% ../nbs/11_training.ipynb #409710e4
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -735,7 +851,7 @@ def next_step(run: Run) -> None:
     step = run.step + 1
     inputs, targets = run.batch(step)
     loss, norm = run.train_step(inputs, targets, learning_rate(run.config, step))
-    run.pending.append(torch.stack([loss, norm, (targets != IGNORE_INDEX).sum().to(loss.dtype)]))
+    run.pending.append(torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()]))
     run.step = step
 
 # %% ../nbs/11_training.ipynb #7eaa0cb2
@@ -761,19 +877,60 @@ def arrival(device: torch.device) -> Callable[[], None]:
     return event.synchronize
 
 # %% ../nbs/11_training.ipynb #93e7b2e8
-class Diverged(ArithmeticError):
-    "A run whose loss or gradient is no longer finite."
-
-
 def send(run: Run) -> None:
     "Send for the values of the steps since the last time."
     if not run.pending: return
-    run.coming.append((run.step, to_host(torch.stack(run.pending)), arrival(run.device)))
+    run.coming.append((run.step, to_host(mean_over_ranks(torch.stack(run.pending))), arrival(run.device)))
     run.pending.clear()
 
 # %% ../nbs/11_training.ipynb #8d2281e7
+DIVERGED_NATS, DIVERGED_SHARE, FEW_STEPS = 1.0, 0.1, 10
+
+
+class Diverged(ArithmeticError):
+    "A run whose loss or gradient is no longer finite, or whose loss has risen for too long."
+
+
+class LossWatch:
+    "Mean losses over the last `window` and over the last `FEW_STEPS` steps, and the lowest of each so far."
+    def __init__(self, window: int) -> None:
+        self.window, self.losses, self.total = window, deque(maxlen=window), 0.0
+        self.best = self.best_of_few = math.inf
+
+    @property
+    def mean(self) -> float: return self.total / self.window if len(self.losses) == self.window else -math.inf
+
+    def add(self, loss: float) -> None:
+        self.total += loss - (self.losses[0] if len(self.losses) == self.window else 0.0)
+        self.losses.append(loss)
+        if len(self.losses) == self.window: self.best = min(self.best, self.mean)
+        if len(self.losses) >= FEW_STEPS: self.best_of_few = min(self.best_of_few, self.mean_of_few())
+
+    def mean_of_few(self) -> float: return sum(self.losses[-i] for i in range(1, FEW_STEPS + 1)) / FEW_STEPS
+
+    def has_diverged(self) -> bool: return self.mean > self.best + DIVERGED_NATS
+
+    def looks_good(self) -> bool:
+        "Whether the last few steps do not look like the beginning of a divergence."
+        return len(self.losses) < FEW_STEPS or self.mean_of_few() <= self.best_of_few + DIVERGED_NATS
+
+# %% ../nbs/11_training.ipynb #55463f8d
+def divergence_window(steps: int) -> int: return max(FEW_STEPS, math.ceil(DIVERGED_SHARE * steps))
+
+
+def watch_state(watch: LossWatch) -> dict:
+    return {"losses": list(watch.losses), "total": watch.total, "best": watch.best, "best_of_few": watch.best_of_few}
+
+
+def restored_watch(window: int, state: dict) -> LossWatch:
+    watch = LossWatch(window)
+    watch.losses.extend(state["losses"])
+    watch.total, watch.best, watch.best_of_few = state["total"], state["best"], state["best_of_few"]
+    return watch
+
+# %% ../nbs/11_training.ipynb #84d42035
 def receive(run: Run) -> None:
-    "Take in the values that were sent for. `Diverged` at the first that is not finite."
+    "Take in the values that were sent for. `Diverged` where they say so."
     for last, values, wait in run.coming:
         wait()
         for step, (loss, norm, targets) in enumerate(values.tolist(), last - len(values) + 1):
@@ -781,8 +938,12 @@ def receive(run: Run) -> None:
                 raise Diverged(f"loss {loss}, gradient norm {norm} at step {step}, learning rate "
                                f"{learning_rate(run.config, step):.3g}; lower max_lr or lengthen the warmup")
             run.losses.append(loss)
-            run.tokens += int(targets)
+            run.watch.add(loss)
+            run.tokens += round(targets * run.world.size)
             run.settled, run.grad_norm = step, norm
+            if run.watch.has_diverged():
+                raise Diverged(f"mean loss {run.watch.mean:.3f} over {run.watch.window} steps at step {step}, "
+                               f"{run.watch.best:.3f} at best; lower max_lr or lengthen the warmup")
     run.coming.clear()
 
 # %% ../nbs/11_training.ipynb #354bc855
@@ -797,7 +958,8 @@ LOG_SCHEMA = 1
 
 
 def _commit() -> str | None:
-    "The commit of the checkout that this package runs from; None where it is installed otherwise."
+    "The commit of the checkout that this package runs from; elsewhere what CS336_COMMIT says, or None."
+    if commit := os.environ.get("CS336_COMMIT"): return commit
     root = Path(cs336_lm.__file__).resolve().parent.parent
     if not (root / ".git").exists(): return None
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
@@ -817,7 +979,9 @@ def _header(run: Run) -> dict:
     return {"kind": "header", "schema": LOG_SCHEMA, "name": run.config.name, "config": asdict(run.config),
             "corpus": train.corpus, "tokenizer": train.tokenizer,
             "tokens": {"train": train.tokens, "valid": valid.tokens},
-            "parameters": sum(p.numel() for p in run.model.parameters()), "device": device_name(run.device),
+            "parameters": sum(p.numel() for p in TransformerLM(run.config.model, device="meta").parameters()),
+            "device": device_name(run.device),
+            "processes": run.world.size, "divergence": {"nats": DIVERGED_NATS, "steps": run.watch.window},
             "versions": _versions(), "commit": _commit(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -832,6 +996,7 @@ def _json_line(record: dict) -> str:
 
 def append_log(run: Run, record: dict) -> None:
     "Add a line to the run's log; it is in the file when this returns."
+    if not run.world.writes: return
     with open(run.folder / "log.jsonl", "a", encoding="utf-8", newline="\n") as file: file.write(_json_line(record))
     for listener in run.listeners: listener(record)
 
@@ -844,48 +1009,85 @@ def log_step(run: Run) -> dict:
     record = {"kind": "step", "step": run.settled, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
               "loss": sum(run.losses) / len(run.losses), "lr": learning_rate(run.config, run.settled),
               "grad_norm": run.grad_norm, "tokens_per_second": round(rate, 1),
-              "mfu": flops_per_token(run.config.model) * rate / peak if peak else None}
+              "mfu": flops_per_token(run.config.model) * rate / (peak * run.world.size) if peak else None}
     run.losses.clear()
     append_log(run, record)
     return record
 
 # %% ../nbs/11_training.ipynb #bfee0ffe
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    "The checkpoints of a run folder, newest first."
-    found = [p for p in (Path(folder) / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name)]
-    return sorted(found, key=lambda p: int(p.stem[5:]), reverse=True)
+    "The checkpoints of a run folder, newest first: files .pt, and folders .shards of a sharded model."
+    found = [p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+\.(pt|shards)", p.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _data(run: Run) -> dict:
-    "What the run learns from: texts, tokenizer, tokens; whatever the files are called."
-    files = {"train": run.train_rows.file, "valid": run.valid_rows.file}
-    return {split: {"tokens": file.tokens, "corpus": file.corpus.get("sha256"), "tokenizer": file.tokenizer["sha256"]}
-            for split, file in files.items()}
+def step_of(checkpoint: Path) -> int: return int(checkpoint.stem[len("step-"):])
+
+
+def remove_checkpoint(path: Path) -> None: shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _data(train: TokenRows, valid: TokenRows) -> dict:
+    "What a run learns from: texts, tokenizer, tokens; whatever the files are called."
+    return {split: {"tokens": rows.file.tokens, "corpus": rows.file.corpus.get("sha256"),
+                    "tokenizer": rows.file.tokenizer["sha256"],
+                    "sample": hashlib.sha256(sample_tokens(rows.tokens)).hexdigest()}
+            for split, rows in (("train", train), ("valid", valid))}
 
 # %% ../nbs/11_training.ipynb #a5f4b034
 def save_run(run: Run) -> Path:
     "Write the checkpoint of the run's step, from CUDA beside the training; the oldest beyond `keep_checkpoints` go."
     settle(run)
     finish_saving(run)
-    path = run.folder / "checkpoints" / f"step-{run.step:07d}.pt"
-    state = checkpoint_state(run.model, run.optimizer, run.step, config=asdict(run.config), random=_random(run.device),
-                             data=_data(run), tokenizer_sha256=run.train_rows.file.tokenizer["sha256"],
-                             tokens=run.tokens, losses=list(run.losses), grad_norm=run.grad_norm,
-                             seconds=run.clock.seconds)
-    run.saved_step = run.step
-    if not runs_behind(run.device): _write(state, path, run.config.keep_checkpoints)
-    else: run.saving = _SAVER.submit(_write, to_host(state), path, run.config.keep_checkpoints, arrival(run.device))
+    if run.watch.looks_good(): run.good_step = run.step
+    path, run.saved_step = run.folder / "checkpoints" / f"step-{run.step:07d}.pt", run.step
+    if is_sharded(run.config, run.world): return _save_sharded(run, path)
+    if not run.world.writes: return path
+    state, keep = checkpoint_state(run.model, run.optimizer, run.step, **_extra(run)), _keep(run)
+    if not runs_behind(run.device): _write(state, path, keep)
+    else: run.saving = _SAVER.submit(_write, to_host(state), path, keep, arrival(run.device))
+    return path
+
+# %% ../nbs/11_training.ipynb #a55903af
+def _extra(run: Run) -> dict:
+    "What a run's checkpoint holds besides model, optimizer and iteration."
+    return dict(config=asdict(run.config), random=_random(run.device), data=run.data,
+                tokenizer_sha256=run.train_rows.file.tokenizer["sha256"], tokens=run.tokens, losses=list(run.losses),
+                grad_norm=run.grad_norm, seconds=run.clock.seconds, watch=watch_state(run.watch),
+                good_step=run.good_step)
+
+
+def _keep(run: Run) -> tuple[int, int | None]: return run.config.keep_checkpoints, run.good_step
+
+# %% ../nbs/11_training.ipynb #9d3f5d8d
+def _save_sharded(run: Run, path: Path) -> Path:
+    "The checkpoint of a sharded model; all processes call it together."
+    model = run.train_step.model
+    if run.step == run.config.steps:
+        entries = gather_state(model, run.optimizer)
+        state = {"schema": CHECKPOINT_SCHEMA, "iteration": run.step, **entries, **_extra(run)}
+        on_rank_0(lambda: _write(state, path, _keep(run)))
+        return path
+    path = path.with_suffix(".shards")
+    save_shards(path, model, run.optimizer, run.step, schema=CHECKPOINT_SCHEMA, **_extra(run))
+    on_rank_0(lambda: _prune(run.folder, _keep(run)))
     return path
 
 # %% ../nbs/11_training.ipynb #d2e13caf
 _SAVER = ThreadPoolExecutor(1, "checkpoint")
 
 
-def _write(state: dict, path: Path, keep: int, wait: Callable[[], None] = lambda: None) -> None:
-    "Write a checkpoint, then delete the oldest of its folder beyond `keep`."
+def _write(state: dict, path: Path, keep: tuple[int, int | None], wait: Callable[[], None] = lambda: None) -> None:
+    "Write a checkpoint; of its folder the newest `keep[0]` stay, and the one of step `keep[1]`."
     wait()
     with write_aside(path) as file: torch.save(state, file)
-    for old in list_checkpoints(path.parent.parent)[keep:]: old.unlink()
+    _prune(path.parent.parent, keep)
+
+
+def _prune(folder: Path, keep: tuple[int, int | None]) -> None:
+    "Delete the oldest checkpoints of a run's folder: the newest `keep[0]` stay, and that of step `keep[1]`."
+    for old in list_checkpoints(folder)[keep[0]:]:
+        if step_of(old) != keep[1]: remove_checkpoint(old)
 
 
 def finish_saving(run: Run, wait: bool = True) -> None:
@@ -903,15 +1105,20 @@ def _random(device: torch.device) -> dict[str, Tensor]:
 # %% ../nbs/11_training.ipynb #5ca1b09d
 # Settings that a resumed run may change, as they leave the weights alone. Data and tokenizer are compared by content.
 FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_every", "eval_batch_size",
-                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph", "micro_batch",
-                  "runs_dir"}
+                  "checkpoint_every", "keep_checkpoints", "log_every", "device", "compile", "kernels", "graph",
+                  "micro_batch", "strategy", "memory_gb", "tensorboard", "runs_dir"}
+
+
+def _flat(nested: dict, prefix: str = "") -> dict:
+    "The entries of nested dicts under names like model.norm."
+    return {name: value for k, v in nested.items()
+            for name, value in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}).items()}
 
 
 def _check_same_run(saved: dict, run: Run, name: Path) -> None:
     "`ValueError` where a checkpoint's settings or data contradict those of the run that would resume it."
-    given = asdict(run.config)
-    flat = lambda d: {k: v for k, v in d.items() if k != "model"} | {f"model.{k}": v for k, v in d["model"].items()}
-    old, new = flat(saved["config"]) | {"data": saved["data"]}, flat(given) | {"data": _data(run)}
+    old = _flat(saved["config"] | {"data": saved["data"]})
+    new = _flat(asdict(run.config) | {"data": run.data})
     wrong = [key for key in new if key not in FREE_ON_RESUME and key in old and old[key] != new[key]]
     if wrong: raise ValueError(f"{name} contradicts the configuration: {wrong[0]} was {old[wrong[0]]!r} and is now "
                                f"{new[wrong[0]]!r}; resume with the old value, or start a run under another name")
@@ -921,7 +1128,7 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict] | None:
     "The newest whole checkpoint of a run and its entries, or None. A damaged one is passed by with a warning."
     files = list_checkpoints(folder)
     for file in files:
-        try: return file, read_checkpoint(file)
+        try: return file, read_shards(file) if file.is_dir() else read_checkpoint(file)
         except ValueError as error: warnings.warn(f"passed by: {error}", stacklevel=2)
     if files: raise ValueError(f"all {len(files)} checkpoints in {folder} are damaged; start the run anew")
     return None
@@ -938,15 +1145,24 @@ def _truncate_log(path: Path, step: int) -> list[dict]:
     return kept
 
 # %% ../nbs/11_training.ipynb #22683389
+def _restore_tensors(run: Run, file: Path, state: dict) -> None:
+    "Model and optimizer, from a file or a folder of shards, into one process's memory or several ones'."
+    capturable, model = run.optimizer.param_groups[0]["capturable"], run.train_step.model
+    if file.is_dir(): load_shards(file, model, run.optimizer)
+    elif is_sharded(run.config, run.world): spread_state(state if run.world.writes else {}, model, run.optimizer)
+    else: _restore(state, run.model, run.optimizer, file)
+    for group in run.optimizer.param_groups: group["capturable"] = capturable  # of this device, not the checkpoint's
+    for parameter, values in run.optimizer.state.items():
+        values["step"] = values["step"].to(parameter.device if capturable else "cpu")
+
+# %% ../nbs/11_training.ipynb #b1b53ce5
 def _restore_run(run: Run, file: Path, state: dict) -> None:
     "Bring a run to a checkpoint's step."
     _check_same_run(state, run, file)
-    own = run.optimizer.param_groups[0]["capturable"]  # of this device, whatever the checkpoint's was
-    groups = [group | {"capturable": own} for group in state["optimizer"]["param_groups"]]
-    state = state | {"optimizer": state["optimizer"] | {"param_groups": groups}}
-    _restore(state, run.model, run.optimizer, file)
+    _restore_tensors(run, file, state)
     run.step = run.saved_step = run.settled = state["iteration"]
     run.tokens, run.losses, run.grad_norm = state["tokens"], list(state["losses"]), state["grad_norm"]
+    if "watch" in state: run.watch, run.good_step = restored_watch(run.watch.window, state["watch"]), state["good_step"]
     run.clock = Clock(state["seconds"])
     run.clock.tokens = run.tokens
     random = state["random"]
@@ -957,9 +1173,14 @@ def _restore_run(run: Run, file: Path, state: dict) -> None:
 def _take_up(run: Run, found: tuple[Path, dict] | None) -> None:
     "Take up a run where its newest checkpoint left it, or at step 0 if it has none."
     if found: _restore_run(run, *found)
-    for torn in (run.folder / "checkpoints").glob("step-*.pt.*.tmp"): torn.unlink()  # of a save that was killed
-    records = _truncate_log(run.folder / "log.jsonl", run.step)
+    records = on_rank_0(lambda: _clean_folder(run))
     run.evaluation = next((r for r in reversed(records) if r["kind"] == "eval"), None)
+
+
+def _clean_folder(run: Run) -> list[dict]:
+    "Remove what a killed save left, and cut the log back to the run's step; the log's lines."
+    for torn in (run.folder / "checkpoints").glob("step-*.tmp"): remove_checkpoint(torn)
+    return _truncate_log(run.folder / "log.jsonl", run.step)
 
 # %% ../nbs/11_training.ipynb #33e195e4
 def _fill_folder(run: Run, asked: TrainConfig) -> None:
@@ -971,19 +1192,48 @@ def _fill_folder(run: Run, asked: TrainConfig) -> None:
     log = run.folder / "log.jsonl"
     if not log.exists() or not log.stat().st_size: append_log(run, _header(run))
 
+# %% ../nbs/11_training.ipynb #58c091f5
+def _check_disk(run: Run) -> None:
+    "`OSError` where the disk has no room for the run's checkpoints."
+    if not run.config.keep_checkpoints: return
+    there = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())
+    size = 12 * sum(p.numel() for p in TransformerLM(run.config.model, device="meta").parameters())
+    new = max(1, run.config.keep_checkpoints + 1 - len(list_checkpoints(run.folder)))
+    if (free := shutil.disk_usage(there).free) < new * size:
+        raise OSError(f"{there} has {free / 1e9:.2f} GB free, but {new} checkpoints of {size / 1e9:.2f} GB are to "
+                      "come; make room, choose another runs_dir, or lower keep_checkpoints")
+
 # %% ../nbs/11_training.ipynb #7cfebdb5
-def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None = None) -> Run:
+def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None = None,
+             world: World = World()) -> Run:
     "A new run in a new folder, or one taken up again. All that can be wrong is found before anything is written."
     folder = Path(asked.runs_dir) / asked.name
+    on_rank_0(lambda: _check_folder(folder, resume))
+    found = newest_checkpoint(folder) if resume else None
+    if found and asked.precision == "auto": asked = replace(asked, precision=found[1]["config"]["precision"])
+    resolved = resolve_config(asked, world)
+    _check_shares(resolved, world)
+    check_memory(resolved, world)
+    if resolved.tensorboard: summary_writer()  # that it is installed shall be known now
+    run = build_run(resolved, parts, world)
+    on_rank_0(lambda: _check_disk(run))
+    if resume: _take_up(run, found)
+    on_rank_0(lambda: _fill_folder(run, asked))
+    return run
+
+# %% ../nbs/11_training.ipynb #7bd08a2a
+def _check_folder(folder: Path, resume: bool) -> None:
     if folder.exists() and not resume:
         raise FileExistsError(f"{folder} exists: resume it (resume=True, --resume), choose another name, or remove it")
     if resume and not folder.is_dir(): raise FileNotFoundError(f"no run to resume in {folder}; start it without resume")
-    found = newest_checkpoint(folder) if resume else None
-    if found and asked.precision == "auto": asked = replace(asked, precision=found[1]["config"]["precision"])
-    run = build_run(resolve_config(asked), parts)
-    if resume: _take_up(run, found)
-    _fill_folder(run, asked)
-    return run
+
+
+def _check_shares(config: TrainConfig, world: World) -> None:
+    "`ValueError` where the batch cannot be shared by the processes, or their share by the micro-batches."
+    rows = rank_slice(config.batch_size, world)
+    if config.micro_batch and (rows.stop - rows.start) % config.micro_batch:
+        raise ValueError(f"micro_batch is {config.micro_batch}, but must divide the {rows.stop - rows.start} rows that "
+                         f"each of {world.size} processes has")
 
 # %% ../nbs/11_training.ipynb #d08682d6
 class StopRequest:
@@ -1004,10 +1254,10 @@ class StopRequest:
         again, self.reason = self.reason is not None, signal.Signals(number).name
         if again or self.at_once: raise KeyboardInterrupt
 
-    def allows(self, work: Callable[[], object]) -> object | None:
-        "The result of work that may be broken off at any moment, or None if it was."
-        if self.reason: return None
-        self.at_once = True
+    def allows(self, work: Callable[[], object], alone: bool = True) -> object | None:
+        "The result of work that may be broken off at any moment if this process is `alone`; None if it was."
+        if self.reason and alone: return None
+        self.at_once = alone
         try: return work()
         except KeyboardInterrupt: return None
         finally: self.at_once = False
@@ -1015,18 +1265,31 @@ class StopRequest:
 # %% ../nbs/11_training.ipynb #c5a1e5a1
 def _is_due(step: int, every: int, steps: int) -> bool: return step == steps or (every > 0 and step % every == 0)
 
+# %% ../nbs/11_training.ipynb #ad197460
+def _evaluate_run(run: Run, progress: bool) -> dict:
+    "All that an evaluation measures."
+    config, model = run.config, run.train_step.model if is_sharded(run.config, run.world) else run.model
+    precision = autocast_precision(config, run.world)
+    found = evaluate(model, run.valid_rows, batch_size=config.eval_batch_size, precision=precision,
+                     function=run.evaluation_function, progress=progress, world=run.world)
+    inputs, _ = next(run.valid_rows.every(min(8, config.eval_batch_size)))
+    with torch.no_grad(), autocast(run.device, precision):
+        sizes = call_model(model, block_sizes, inputs.to(run.device))
+    return found | {"weight_norm": weight_norm(model), "block_rms": sizes.tolist()}
+
+# %% ../nbs/11_training.ipynb #6d7be829
+def is_asked_to_stop(run: Run, stop: StopRequest) -> bool:
+    "Whether any process was asked to stop; the same answer for all."
+    if run.world.size == 1: return stop.reason is not None
+    return _is_due(run.step, run.config.log_every, run.config.steps) and any_rank(stop.reason is not None)
+
 # %% ../nbs/11_training.ipynb #d14e293a
 def record_evaluation(run: Run, stop: StopRequest, progress: bool = False) -> None:
     "Evaluate, unless the log has this step's evaluation already, and log it. `Diverged` if the loss is not finite."
     if run.evaluation and run.evaluation["step"] == run.step: return
     settle(run)
-    work = lambda: evaluate(run.model, run.valid_rows, batch_size=run.config.eval_batch_size,
-                            precision=run.config.precision, function=run.evaluation_function, progress=progress)
-    with run.clock.pause(): result = stop.allows(work)
+    with run.clock.pause(): result = stop.allows(lambda: _evaluate_run(run, progress), alone=run.world.size == 1)
     if result is None: return
-    inputs, _ = next(run.valid_rows.every(min(8, run.config.eval_batch_size)))
-    with run.clock.pause(), autocast(run.device, run.config.precision):
-        result = result | network_norms(run.model, inputs.to(run.device))
     run.evaluation = {"kind": "eval", "step": run.step, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
                       "split": "valid", **result}
     append_log(run, run.evaluation)
@@ -1039,7 +1302,7 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
     config = run.config
     while True:
         if _is_due(run.step, config.eval_every, config.steps): record_evaluation(run, stop, progress=not bar.disable)
-        ending = run.step == config.steps or stop.reason is not None
+        ending = is_asked_to_stop(run, stop) or run.step == config.steps
         due = ending or _is_due(run.step, config.checkpoint_every, config.steps)
         if due and config.keep_checkpoints and run.step != (run.saved_step or 0):
             with run.clock.pause(): save_run(run)
@@ -1075,18 +1338,28 @@ def _out_of_memory(run: Run) -> ValueError:
                       f"eval_batch_size {run.config.eval_batch_size}; lower them and start the run anew")
 
 # %% ../nbs/11_training.ipynb #a36a4fd8
+def _keep_good_checkpoints(run: Run) -> None:
+    "Delete what a diverging run saved after its last good checkpoint, if there is one."
+    files = {step_of(file): file for file in list_checkpoints(run.folder)}
+    if run.good_step in files and run.world.writes:
+        for step, file in files.items():
+            if step > run.good_step: remove_checkpoint(file)
+
+# %% ../nbs/11_training.ipynb #f3696f70
 def _train_to_an_end(run: Run, stop: StopRequest, bar: tqdm) -> TrainResult:
     "Advance, and write down how it ended."
     try:
         try: advance(run, stop, bar)
         finally: finish_saving(run)
-    except Diverged as error: return _end(run, "diverged", str(error))
+    except Diverged as error:
+        _keep_good_checkpoints(run)
+        return _end(run, "diverged", str(error))
     except BaseException as error:
         _end(run, "interrupted", f"{type(error).__name__}: {error}")
         if isinstance(error, torch.OutOfMemoryError): raise _out_of_memory(run) from error
         raise
     if run.step == run.config.steps == (run.evaluation or {}).get("step"): return _end(run, "finished", None)
-    return _end(run, "interrupted", f"{stop.reason} at step {run.step}")
+    return _end(run, "interrupted", f"{stop.reason or 'a signal to another process'} at step {run.step}")
 
 # %% ../nbs/11_training.ipynb #026c0896
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, parts: TrainParts | None = None,
@@ -1098,18 +1371,79 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, p
     that do not belong together. `parts` are kept from run to run, see `train_many`; `on_record` is called with every
     line of the log. Handout problem training_together.
     """
-    with current_device(pick_device(config.device)):
-        run = open_run(config, resume, parts)
+    with connected(config.device) as world, current_device(resolve_config(config, world).device):
+        run = open_run(config, resume, parts, world)
         with (float32_products(run.config.precision), StopRequest() as stop,
-              _bar(progress, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
+              _bar(progress and world.writes, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
             run.listeners = [partial(_show, bar), *([on_record] if on_record else [])]
-            return _train_to_an_end(run, stop, bar)
+            if run.config.tensorboard and world.writes:
+                run.listeners.append(TensorBoardWriter(run.folder / "tensorboard", run.step))
+            try: return _train_to_an_end(run, stop, bar)
+            finally: run.close()
+
+# %% ../nbs/11_training.ipynb #1db9580f
+def connected(device: str):
+    "A context that gives the `World` this process trains in, connected for its time if nobody has done so before."
+    return nullcontext(read_world(device)) if torch.distributed.is_initialized() else processes(device)
 
 # %% ../nbs/11_training.ipynb #c26071c5
 def _show(bar: tqdm, record: dict) -> None:
     if record["kind"] != "step": return
     mfu = f", {record['mfu']:.0%} MFU" if record["mfu"] else ""
     bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}")
+
+# %% ../nbs/11_training.ipynb #b5a84b79
+def summary_writer() -> type:
+    "TensorBoard's writer. `ValueError` where it is not installed."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard is not installed: pip install 'cs336_lm[tensorboard]', or leave it off") from None
+    return SummaryWriter
+
+
+class TensorBoardWriter:
+    "A listener that writes the numbers of step and eval lines into `folder` for TensorBoard, going on after `step`."
+    def __init__(self, folder: str | os.PathLike, step: int = 0) -> None:
+        self.writer = summary_writer()(str(folder), purge_step=step + 1 if step else None)
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] == "end": self.writer.close()
+        if record["kind"] not in ("step", "eval"): return
+        for name, value in record.items():
+            if name == "block_rms": value = dict(enumerate(value))
+            values = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            for key, number in values.items():
+                if isinstance(number, (int, float)) and key != "step":
+                    self.writer.add_scalar(f"{record['kind']}/{key}", number, record["step"])
+
+# %% ../nbs/11_training.ipynb #e154c937
+class LivePlot:
+    "A listener that draws the losses of a run in a notebook, in place, at most every `seconds`."
+    def __init__(self, seconds: float = 2.0) -> None:
+        try: from IPython.display import Image, display
+        except ImportError: raise ValueError("a live plot needs a notebook (IPython); take the progress bar") from None
+        self.image, self.display, self.seconds = Image, display, seconds
+        self.curves, self.handle, self.drawn = {"step": [], "eval": []}, None, -math.inf
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] in self.curves: self.curves[record["kind"]].append((record["step"], record["loss"]))
+        now = time.monotonic()
+        if record["kind"] != "end" and now < self.drawn + self.seconds: return
+        image, self.drawn = self.image(data=self.picture()), now
+        if self.handle is None: self.handle = self.display(image, display_id=True)
+        else: self.handle.update(image)
+
+    def picture(self) -> bytes:
+        "The curves so far as PNG."
+        from matplotlib.figure import Figure
+        figure, file = Figure(figsize=(6.5, 3.2), layout="constrained"), io.BytesIO()
+        axes = figure.subplots()
+        for kind, style, label in ("step", "-", "training"), ("eval", "o", "validation"):
+            axes.plot(*zip(*self.curves[kind]) if self.curves[kind] else ([], []), style, label=label, markersize=4)
+        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.legend(frameon=False)
+        figure.savefig(file, format="png", dpi=100)
+        return file.getvalue()
 
 # %% ../nbs/11_training.ipynb #ed7a9434
 def train_many(configs: Iterable[TrainConfig], *, progress: bool = True) -> Iterator[TrainResult]:
@@ -1130,7 +1464,8 @@ def _find_tokenizer(folders: list[Path], sha256: str) -> Tokenizer | None:
 # %% ../nbs/11_training.ipynb #13d3821b
 def _open_checkpoint(path: Path) -> tuple[Path, dict]:
     "A run folder's newest checkpoint, or the file itself, and its entries."
-    found = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
+    if path.suffix == ".shards": found = path, read_shards(path)
+    else: found = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {path}; name a run folder or a file checkpoints/step-*.pt")
     if "config" not in found[1]:
@@ -1147,6 +1482,7 @@ def load_model(run_or_checkpoint: str | os.PathLike,
     file, state = _open_checkpoint(Path(run_or_checkpoint))
     config = ModelConfig(**state["config"]["model"])
     model = TransformerLM(config)
-    _restore(state, model, None, file)
+    if file.is_dir(): load_shards(file, model, AdamW(model.parameters()))
+    else: _restore(state, model, None, file)
     folders = [file.parent.parent / "tokenizer", Path(state["config"]["tokenizer"] or "tokenizer")]
     return model.to(pick_device(device)).eval(), config, _find_tokenizer(folders, state["tokenizer_sha256"])

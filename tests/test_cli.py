@@ -148,6 +148,8 @@ MISTAKES = {  # command line: what its one line must say
     "train --preset tinystory": "'tinystory'",
     "train --rows diagonal": "diagonal",
     "train --batch-size 0": "batch_size is 0",
+    "train --batch-size 8 --micro-batch 3": "micro_batch is 3, but must divide batch_size, 8",
+    "train --strategy zero": "'zero'",
     "train --max-lr fast": "--max-lr takes a number, not 'fast'",
     "train --model.num-heads 7": "num_heads=7",
     "train --name a/b": "a/b",

@@ -1,5 +1,5 @@
 "Training: the loop against its clear form, exact resume, evaluation against the definition, refusals, the log."
-import io, json, math, os, signal, threading
+import io, json, math, os, signal, sys, threading, types
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
@@ -15,9 +15,9 @@ from cs336_lm.corpora import END_OF_TEXT
 from cs336_lm.dataset import IGNORE_INDEX, TokenFile, document_starts, encode_file
 from cs336_lm.optimization import AdamW
 from cs336_lm.tokenizer import Tokenizer
-from cs336_lm.training import (DeviceRows, ModelConfig, Prefetch, StopRequest, TokenRows, TrainConfig, TrainParts, TrainStep,
+from cs336_lm.training import (DeviceRows, LivePlot, ModelConfig, Prefetch, StopRequest, TokenRows, TrainConfig, TrainParts, TrainStep,
                                TransformerLM, config_from_dict, evaluate, learning_rate, list_checkpoints, load_config,
-                               load_checkpoint, load_model, open_rows, peak_flops, pick_device, resolve_config,
+                               load_checkpoint, load_model, open_rows, peak_flops, pick_device, planned_bytes, resolve_config,
                                save_checkpoint, train, train_many, training_loop)
 
 TINY = ModelConfig(vocab_size=257, context_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=32)
@@ -162,7 +162,7 @@ def test_bf16_autocast_stays_close_and_keeps_float32_weights(config):
 
 # The engine: the same numbers in other ways
 
-def one_step(config, micro_batch=None, **optimizer):
+def one_step(config, micro_batch=0, **optimizer):
     "Loss, gradient norm and weights after one step of a fresh model."
     torch.manual_seed(0)
     model = TransformerLM(TINY)
@@ -404,6 +404,30 @@ def test_resume_refuses_other_data_and_allows_the_same_data_elsewhere(config, tm
     with pytest.raises(ValueError, match="data"): run(replace(config, train_tokens=config.valid_tokens), resume=True)
 
 
+def test_resume_notices_a_token_file_that_was_changed_in_place(config, tmp_path, data):
+    for name in "train.npy", "train.json": (tmp_path / name).write_bytes((data / name).read_bytes())
+    config = replace(config, train_tokens=tmp_path / "train.npy")
+    run(config)
+    ids = np.load(tmp_path / "train.npy")
+    ids[len(ids) // 2] = ids[len(ids) // 2] ^ 1
+    np.save(tmp_path / "train.npy", ids)
+    with pytest.raises(ValueError, match=r"data\.train\.sample"): run(config, resume=True)
+    ids[5] = 999
+    np.save(tmp_path / "train.npy", ids)
+    with pytest.raises(ValueError, match="train.npy holds the id 999"): run(replace(config, name="new"))
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(config, monkeypatch):
+    with at_step(12, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): result = run(config)
+    state = torch.load(result.checkpoint, weights_only=True)
+    for key in "watch", "good_step": del state[key]
+    for split in state["data"].values(): del split["sample"]
+    for key in "graph", "micro_batch", "kernels", "memory_gb", "tensorboard", "strategy": del state["config"][key]
+    for group in state["optimizer"]["param_groups"]: del group["capturable"]
+    torch.save(state, result.checkpoint)
+    assert run(config, resume=True).status == "finished"
+
+
 # Refusals
 
 def refusals(data, tmp):
@@ -523,8 +547,9 @@ def test_evaluation_is_the_definition(data, batch_size, rows):
 def test_the_log_keeps_its_contract(config):
     result = run(config)
     header, *middle, end = records(result)
-    assert list(header) == ["kind", "schema", "name", "config", "corpus", "tokenizer", "tokens", "parameters", "device", "versions",
-                            "commit", "started"]
+    assert list(header) == ["kind", "schema", "name", "config", "corpus", "tokenizer", "tokens", "parameters", "device", "processes", "divergence",
+                            "versions", "commit", "started"]
+    assert header["divergence"] == {"nats": 1.0, "steps": 10}
     assert set(header["corpus"]) >= {"name", "bytes", "documents", "sha256"}
     assert set(header["tokenizer"]) == {"vocab_size", "sha256", "trained_on"} and set(header["tokens"]) == {"train", "valid"}
     assert header["parameters"] == sum(p.numel() for p in TransformerLM(TINY).parameters())
@@ -577,6 +602,48 @@ def test_a_learning_rate_far_too_high_diverges(config):
     assert result.status == "diverged" and "max_lr" in result.reason
 
 
+def high_rate_at(step, monkeypatch):
+    "From this step on the losses are seven nats higher, though still numbers."
+    plain = training.next_step
+    def step_and_raise(run):
+        plain(run)
+        if run.step >= step: run.pending[-1][0] += 7
+    monkeypatch.setattr(training, "next_step", step_and_raise)
+
+
+def test_a_run_whose_loss_stays_high_is_stopped_and_its_last_good_checkpoint_is_the_newest(config, monkeypatch):
+    "The loss jumps at step 33 of 60. Checkpoints of 35 and 40 are written on the way and would have pushed out that of 30."
+    config = replace(config, steps=60, checkpoint_every=5, keep_checkpoints=1)
+    high_rate_at(33, monkeypatch)
+    result = run(config)
+    assert result.status == "diverged" and "at best" in result.reason and 33 < result.step < 50
+    assert result.checkpoint.name == "step-0000030.pt" == list_checkpoints(result.folder)[0].name
+    assert records(result)[-1]["status"] == "diverged"
+    again = run(config, resume=True)
+    assert (again.status, again.reason, again.checkpoint) == ("diverged", result.reason, result.checkpoint)
+
+
+def test_a_diverging_run_that_is_interrupted_decides_as_if_it_had_not_been(config, monkeypatch):
+    config = replace(config, steps=60)
+    high_rate_at(33, monkeypatch)
+    whole = run(config)
+    with at_step(36, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(replace(config, name="other"))
+    other = run(replace(config, name="other"), resume=True)
+    assert other.reason == whole.reason and other.checkpoint.name == whole.checkpoint.name
+
+
+@given(st.lists(st.floats(0.1, 12), min_size=1, max_size=80), st.integers(10, 20), st.integers(0, 80))
+@settings(max_examples=60, deadline=None)
+def test_divergence_is_its_definition(losses, window, cut):
+    watch = training.LossWatch(window)
+    for i, loss in enumerate(losses, 1):
+        if i == cut: watch = training.restored_watch(window, json.loads(json.dumps(training.watch_state(watch))))
+        watch.add(loss)
+        means = [np.mean(losses[k - window:k]) for k in range(window, i + 1)]
+        if means and abs(means[-1] - min(means) - 1) > 1e-6: assert watch.has_diverged() == (means[-1] > min(means) + 1)
+        if not means: assert not watch.has_diverged()
+
+
 def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(config, monkeypatch):
     plain = torch.save
     def full(state, file):
@@ -588,6 +655,13 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(config, monkeypa
     assert [p.name for p in list_checkpoints(config.runs_dir + "/run")] == ["step-0000010.pt", "step-0000005.pt"]
     assert not list((list_checkpoints(config.runs_dir + "/run")[0].parent).glob("*.tmp"))
     assert run(config, resume=True).status == "finished"
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_noticed_before_the_run(config, monkeypatch):
+    usage = training.shutil.disk_usage("/")
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage._replace(free=200_000))
+    with pytest.raises(OSError, match="keep_checkpoints"): run(config)
+    assert not Path(config.runs_dir).exists()
 
 
 def test_load_model(config, tmp_path):
@@ -611,6 +685,79 @@ def test_load_model_does_not_take_another_tokenizer(config):
     merged.save(result.folder / "tokenizer")
     with pytest.warns(UserWarning, match="another tokenizer"): tokenizer = load_model(result.folder)[2]
     assert tokenizer.sha256 == Tokenizer.load(config.tokenizer).sha256  # the one of the configuration's folder
+
+
+# Memory and what users see
+
+def test_a_run_that_does_not_fit_says_what_would(config):
+    config = replace(config, eval_batch_size=1)
+    need = planned_bytes(resolve_config(config)) / 1e9
+    assert run(replace(config, memory_gb=1.01 * need)).status == "finished"
+    rows = {n: planned_bytes(resolve_config(config), rows=n) / 1e9 for n in (1, 2, 3, 4)}
+    limit = (rows[3] + rows[4]) / 2
+    with pytest.raises(ValueError, match="--batch-size 3, or keep the batch and take --micro-batch 2"): run(replace(config, name="big", memory_gb=limit))
+    assert not (Path(config.runs_dir) / "big").exists()
+    assert run(replace(config, name="big", memory_gb=limit, micro_batch=2)).status == "finished"
+    with pytest.raises(ValueError, match="not even one row"): run(replace(config, name="none", memory_gb=1e-6))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["fp32", "bf16"]))
+@settings(max_examples=20, deadline=None)
+def test_planned_memory_grows_with_the_rows_and_covers_the_weights(a, b, precision):
+    config = TrainConfig(name="x", train_tokens="x", valid_tokens="x", model=TINY, precision=precision, kernels="off", eval_batch_size=1)
+    assert (planned_bytes(config, rows=a) <= planned_bytes(config, rows=b)) == (a <= b)
+    assert planned_bytes(config, rows=1) > 16 * sum(p.numel() for p in TransformerLM(TINY).parameters())
+
+
+def test_every_line_of_the_log_is_told_and_the_run_is_the_same(config):
+    told = []
+    result = run(config, on_record=told.append)
+    assert told == records(result)[1:]  # the header is written when the run is opened
+
+
+def test_tensorboard_is_asked_for_before_the_run_and_gets_the_numbers(config, monkeypatch):
+    writers = []
+    class Writer:
+        def __init__(self, folder, purge_step): self.folder, self.purge, self.scalars, self.closed = folder, purge_step, [], False; writers.append(self)
+        def add_scalar(self, *args): self.scalars.append(args)
+        def close(self): self.closed = True
+    monkeypatch.setattr(training, "summary_writer", lambda: Writer)
+    config = replace(config, tensorboard=True)
+    with at_step(12, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(config)
+    result = run(config, resume=True)
+    assert [w.purge for w in writers] == [None, 13] and all(w.closed for w in writers)
+    losses = [(v, s) for w in writers for k, v, s in w.scalars if k == "step/loss"]
+    assert losses == [(r["loss"], r["step"]) for r in records(result) if r["kind"] == "step"]
+    assert {"eval/loss", "eval/block_rms/0", "eval/weight_norm", "step/lr"} <= {k for k, _, _ in writers[1].scalars}
+    def missing(): raise ValueError("tensorboard is not installed")
+    monkeypatch.setattr(training, "summary_writer", missing)
+    with pytest.raises(ValueError, match="not installed"): run(replace(config, name="new"))
+    assert not (Path(config.runs_dir) / "new").exists()
+
+
+def test_tensorboard_reads_what_is_written(config):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = run(replace(config, tensorboard=True))
+    events = reader.EventAccumulator(str(result.folder / "tensorboard"))
+    events.Reload()
+    written = [(e.step, e.value) for e in events.Scalars("eval/loss")]
+    assert written == [(r["step"], pytest.approx(r["loss"])) for r in records(result) if r["kind"] == "eval"]
+
+
+def test_a_live_plot_is_redrawn_in_place(config, monkeypatch):
+    shown = []
+    class Handle:
+        def update(self, image): shown.append(image.data)
+    display = types.ModuleType("IPython.display")
+    display.Image = lambda data: types.SimpleNamespace(data=data)
+    display.display = lambda image, display_id: shown.append(image.data) or Handle()
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    plot = LivePlot(seconds=0)
+    result = run(config, on_record=plot)
+    assert len(shown) == len(records(result)) - 1 and all(png.startswith(b"\x89PNG") for png in shown)
+    assert shown[-1] == plot.picture() != shown[0]
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
+    with pytest.raises(ValueError, match="notebook"): LivePlot()
 
 
 # Signals

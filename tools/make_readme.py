@@ -23,7 +23,7 @@ def readme(root: Path = ROOT) -> str:
     nb.cells = [outputs_only(c) if "#| echo: false" in c.source else c for c in nb.cells if not re.match(r"\s*#\s*\|\s*hide\b", c.source)]
     body, _ = MarkdownExporter().from_notebook_node(nb)
     body = re.sub(r"\]\(\.\./", "](", body)            # links leave from the root, not from nbs/
-    body = re.sub(r"\]\((\d\d_\w+\.ipynb)", r"](nbs/\1", body)
+    body = re.sub(r"\]\((\d\d[a-z]?_\w+\.ipynb)", r"](nbs/\1", body)
     return NOTE + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 
