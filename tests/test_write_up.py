@@ -171,8 +171,8 @@ def world(s: int, seeds: int = 3) -> list[SimpleNamespace]:
     add("no-rmsnorm-cosine800", 1e-3, 3.0)
     for variant in ("post-norm", "silu"): add(variant, best, 3 + 0.3 * s, tau=0.2 + 0.06 * s)
     add("nope", best, 3 + 0.3 * s, bits=1.1, position="none")
-    add("long", 1e-3, context_length=512)
-    add("long-nope", 1e-3, bits=1.1 + 0.1 * s, context_length=512, position="none")
+    add("rope-context512-32k", 1e-3, context_length=512)
+    add("nope-context512-32k", 1e-3, bits=1.1 + 0.1 * s, context_length=512, position="none")
     for doublings, batch in ((1, 128), (2, 256)):
         add(f"batch{batch}", best, 3 + 0.3 * (s == -1), tau=0.2 + 0.03 * s * doublings, rough=0.05 - 0.01 * s * doublings, batch=batch)
     for batch, finest in ((8, {1: 1e-3, -1: 1e-2, 0: 3e-3}[s]), (512, {1: 1e-2, -1: 1e-3, 0: 3e-3}[s])):
@@ -195,20 +195,21 @@ def test_two_seeds_and_no_record_give_no_verdict(book):
     assert {space["tried"](name, [])[0] for name in space["TRIALS"]} == {"no record"}
 
 
-@pytest.mark.parametrize("missing", ["base", "no-rmsnorm", "post-norm", "nope", "long", "batch128", "batch8"])
+@pytest.mark.parametrize("missing", ["base", "no-rmsnorm", "post-norm", "nope", "rope-context512-32k", "batch128", "batch8"])
 def test_a_missing_variant_leaves_only_its_claims_open(book, missing):
     space = book[0]
     logs = [run for run in world(1) if run.variant != missing]
     open_claims = {name for name in space["TRIALS"] if space["tried"](name, logs)[1] == "not measured here yet"}
     about = {"no-rmsnorm": {"5.5 rate", "5.5 cosine", "5.5 slow"}, "post-norm": {"5.6 faster", "5.6 lower"}, "nope": {"5.7 better", "5.7 web"},
-             "long": {"5.7 web"}, "batch128": {"5.3 noise", "5.3 early", "5.3 passes", "5.3 alike"}, "batch8": {"5.3 rate"}, "base": set(space["TRIALS"]) - {"5.5 cosine"}}
+             "rope-context512-32k": {"5.7 web"}, "batch128": {"5.3 noise", "5.3 early", "5.3 passes", "5.3 alike"}, "batch8": {"5.3 rate"}, "base": set(space["TRIALS"]) - {"5.5 cosine"}}
     assert open_claims == about[missing]
 
 
 def test_answers_to_experiments_fill_in_from_runs(book, monkeypatch, in_nbs):
     space, ablations = book[0], ["layer_norm_ablation", "pre_norm_ablation", "no_pos_emb", "swiglu_ablation"]
     others = ["learning_rate", "batch_size_experiment"]
-    monkeypatch.setitem(space, "LOGS", [])
+    for name in ("LOGS", "FULL"): monkeypatch.setitem(space, name, [])
+    assert space["SHORT"]["main_experiment"]() == ""
     assert all(space["SHORT"][name]() == "" for name in ablations + others)
     monkeypatch.setitem(space, "LOGS", world(1))
     for name in ablations + others: assert not space["is_pending"](name) and "400,000 tokens of some-text" in space["short_answer"](name)
@@ -216,6 +217,8 @@ def test_answers_to_experiments_fill_in_from_runs(book, monkeypatch, in_nbs):
     assert "At the base's, 3 of 3 seeds diverge." in space["short_answer"]("layer_norm_ablation")
     assert "Of 4 rates from 0.001 to 0.03, 0.01 ends lowest, at 3.000" in space["short_answer"]("learning_rate")
     assert re.search("batch 8 ends.*batch 64 ends.*batch 256 ends", space["short_answer"]("batch_size_experiment"))
+    monkeypatch.setitem(space, "FULL", [grid_run("base", 3e-3, 0, 3.1, bits=1.2), grid_run("web32k", 3e-3, 0, 3.6, bits=1.1, vocab_size=32_000)])
+    assert re.search("32,000 entries end at 3.600.*1.100 bits.*10,000 entries end at 3.100.*1.200", space["short_answer"]("main_experiment"))
     monkeypatch.setitem(space, "LOGS", world(0))
     assert all("ties with the base" in space["short_answer"](name) for name in ablations)
     monkeypatch.setitem(space, "LOGS", world(1, seeds=2))
