@@ -698,6 +698,7 @@ def _arguments(words: Sequence[str] | None):
     parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
     parser.add_argument("--archive", type=Path, help="file that all records are packed into, .tar.xz")
     parser.add_argument("--set", type=json.loads, default={}, help='settings of all runs as JSON, {"steps": 20}')
+    parser.add_argument("--analyse", nargs="+", metavar="RUN", help="sharpness and gradient noise along these runs instead")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
@@ -727,6 +728,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if unknown := [n for names in args.grids for n in names.split(",") if n not in GRIDS]:
         raise SystemExit(f"there is no grid {unknown[0]!r}; there are {', '.join(GRIDS)}")
     args.records.mkdir(parents=True, exist_ok=True)
+    if args.analyse: return _analyse(args)
     if args.worker is not None: return _be_worker(args) or 0
     shutil.rmtree(args.records / "claims", ignore_errors=True)  # of processes that are no more
     start = lambda i: subprocess.Popen([sys.executable, "-m", "cs336_lm.grids", *words, "--worker", str(i)],
@@ -737,6 +739,17 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt: _watch(workers, args, began)  # the processes got the Ctrl-C too and are ending
     print(f"{len(list(args.records.glob('*.jsonl')))} records in {args.records}", flush=True)
     return max(w.returncode for w in workers)
+
+
+def _analyse(args) -> int:
+    "Write the record RUN-analysis.json of each run that was named."
+    for name in args.analyse:
+        if (cell := parse_name(name)) is None: raise SystemExit(f"{name!r} is no run of a grid")
+        prepared = prepare_cells(args.corpus, VARIANTS[cell.variant].vocab_size, args.directory)
+        record = analyse_cell(cell, prepared, runs_dir=args.runs_dir, changes=args.set)
+        print(_write_json(args.records / f"{name}-analysis.json", record), flush=True)
+    if args.archive: pack_records(args.records, args.archive)
+    return 0
 
 
 def _visible(i: int) -> str:
