@@ -551,6 +551,7 @@ def experiment_run(names: RunsOrGrids, data: DataChoice = "web", device: str = "
     from cs336_lm.experiments import RUNS, run_experiment
     from cs336_lm.grids import parse_name, prepare_cells, read_sources, run_cell
     from cs336_lm.training import TrainParts
+    if not names: raise ValueError("name runs or grids; see cs336 experiment list")
     (corpus, place), parts = _CORPORA[data], TrainParts()
     others = [name for name in names if name in RUNS and parse_name(name) is None]  # of chapter 13
     cells = _cells([name for name in names if name not in others])

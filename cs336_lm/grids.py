@@ -9,16 +9,17 @@ __all__ = ['BUDGETS', 'VARIANTS', 'ABLATED', 'ABLATION_RATES', 'GRIDS', 'RUNS', 
            'student_quantile', 'Difference', 'paired_difference', 'unigram_entropy', 'is_diverged', 'GridLog',
            'grid_logs', 'losses_by_rate', 'best_rates', 'best_rate', 'compare_variants', 'largest_stable_rate',
            'RateFit', 'fit_minimum', 'prepare_cells', 'read_sources', 'cell_config', 'measure_cell', 'run_cell',
-           'more_cells', 'stages', 'Queue', 'shape_of', 'Pace', 'work', 'pack_records', 'main', 'sharpness',
-           'gradient_noise', 'critical_batch', 'adam_scales', 'analyse_cell', 'distinct', 'copied', 'text_loss',
-           'smoothed', 'as_grid', 'rate_colours', 'draw_rates', 'plot_learning_rate', 'grid_caption', 'draw_band',
-           'plot_ablation', 'plot_ablation_grid', 'batch_of', 'best_of_batches', 'speed', 'plot_batch_size', 'plot_web',
-           'rate_table', 'figure_png']
+           'more_cells', 'stages', 'Queue', 'shape_of', 'Pace', 'stopping_at', 'work', 'pack_records', 'main',
+           'sharpness', 'gradient_noise', 'critical_batch', 'adam_scales', 'analyse_cell', 'distinct', 'copied',
+           'text_loss', 'smoothed', 'as_grid', 'rate_colours', 'draw_rates', 'plot_learning_rate', 'grid_caption',
+           'draw_band', 'plot_ablation', 'plot_ablation_grid', 'batch_of', 'best_of_batches', 'speed',
+           'plot_batch_size', 'plot_web', 'rate_table', 'figure_png']
 
 # %% ../nbs/14_learning_rate.ipynb #a3419486
 import argparse, json, math, os, re, shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cache, cached_property
@@ -634,10 +635,15 @@ class Pace:
         if compiled: self.tokens_per_second = 0.9 * cell.tokens / seconds  # a tenth for cells that take a little longer
 
 
-def _stop_at(until: float) -> None:
-    "Ask this process to stop, as Ctrl-C would, at a time of `time.monotonic`."
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+@contextmanager
+def stopping_at(until: float) -> Iterator[None]:
+    "Within it this process is asked to stop, as by Ctrl-C, at a time of `time.monotonic`."
+    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     if math.isfinite(until): signal.setitimer(signal.ITIMER_REAL, max(until - time.monotonic(), 1e-3))
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 # %% ../nbs/14_learning_rate.ipynb #01ce223d
 def work(queue: Queue, prepared: Callable[[int], Prepared], pace: Pace, *, runs_dir: str | Path,
@@ -646,7 +652,6 @@ def work(queue: Queue, prepared: Callable[[int], Prepared], pace: Pace, *, runs_
 
     `prepared(vocab_size)` gives tokens and tokenizer. A failure ends its cell only, three in a row end the work."""
     parts, done, failed, previous = TrainParts(), 0, 0, None
-    _stop_at(pace.until)
     while failed < 3 and (cell := queue.take()):
         compiled, previous = shape_of(cell) == previous, shape_of(cell)
         if not pace.fits(cell, compiled): return _leave(queue, cell, done, "no time is left for it", say)
@@ -693,6 +698,7 @@ def _arguments(words: Sequence[str] | None):
     parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
     parser.add_argument("--archive", type=Path, help="file that all records are packed into, .tar.xz")
     parser.add_argument("--set", type=json.loads, default={}, help='settings of all runs as JSON, {"steps": 20}')
+    parser.add_argument("--analyse", nargs="+", metavar="RUN", help="sharpness and gradient noise along these runs instead")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
@@ -708,8 +714,10 @@ def _be_worker(args) -> None:
     groups = [[GRIDS[name] for name in names.split(",")] for names in args.grids]
     queue = Queue(groups, args.records, args.records / "claims", args.known)
     pace, changes = Pace(time.monotonic() + 60 * args.minutes), {"keep_checkpoints": 0} | args.set
-    try: work(queue, prepared, pace, runs_dir=args.runs_dir, sources=read_sources(args.corpus, *args.known),
-              changes=changes, say=say)
+    try:
+        with stopping_at(pace.until):
+            work(queue, prepared, pace, runs_dir=args.runs_dir, sources=read_sources(args.corpus, *args.known),
+                 changes=changes, say=say)
     except KeyboardInterrupt: say("stopped between two cells")
 
 # %% ../nbs/14_learning_rate.ipynb #5614c6fa
@@ -720,6 +728,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if unknown := [n for names in args.grids for n in names.split(",") if n not in GRIDS]:
         raise SystemExit(f"there is no grid {unknown[0]!r}; there are {', '.join(GRIDS)}")
     args.records.mkdir(parents=True, exist_ok=True)
+    if args.analyse: return _analyse(args)
     if args.worker is not None: return _be_worker(args) or 0
     shutil.rmtree(args.records / "claims", ignore_errors=True)  # of processes that are no more
     start = lambda i: subprocess.Popen([sys.executable, "-m", "cs336_lm.grids", *words, "--worker", str(i)],
@@ -730,6 +739,17 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt: _watch(workers, args, began)  # the processes got the Ctrl-C too and are ending
     print(f"{len(list(args.records.glob('*.jsonl')))} records in {args.records}", flush=True)
     return max(w.returncode for w in workers)
+
+
+def _analyse(args) -> int:
+    "Write the record RUN-analysis.json of each run that was named."
+    for name in args.analyse:
+        if (cell := parse_name(name)) is None: raise SystemExit(f"{name!r} is no run of a grid")
+        prepared = prepare_cells(args.corpus, VARIANTS[cell.variant].vocab_size, args.directory)
+        record = analyse_cell(cell, prepared, runs_dir=args.runs_dir, changes=args.set)
+        print(_write_json(args.records / f"{name}-analysis.json", record), flush=True)
+    if args.archive: pack_records(args.records, args.archive)
+    return 0
 
 
 def _visible(i: int) -> str:

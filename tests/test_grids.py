@@ -162,8 +162,9 @@ def test_a_failing_cell_is_passed_by_and_the_clock_is_kept(prepared, tmp_path, m
     args = dict(runs_dir=tmp_path / "runs", changes=TOY, say=said.append)
     assert gr.work(queue, lambda _: prepared, gr.Pace(time.monotonic() + 1.0), **args) == 0 and "no time" in said[-1]
     assert gr.work(queue, lambda _: prepared, gr.Pace(), **args) == 2
+    with pytest.raises(KeyboardInterrupt), gr.stopping_at(time.monotonic() + 0.05): time.sleep(5)
+    time.sleep(0.1)  # and no longer
     assert any("not enough memory" in line for line in said) and not queue.is_done(grid.cells[1])
-    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def test_the_module_runs_workers_packs_records_and_skips_what_is_known(prepared, tmp_path):
@@ -354,7 +355,7 @@ def test_the_command_runs_a_cell_on_official_data_once_and_counts_it(prepared, t
     assert main(["experiment", "list", "cosine800"]) == 0 and capsys.readouterr().out.split() == list(gr.GRIDS["cosine800"].runs)
 
 
-@pytest.mark.parametrize("line", ["experiment run small-base", "experiment list ablation", "experiment runs", "experiment run --data owt a"])
+@pytest.mark.parametrize("line", ["experiment run small-base", "experiment list ablation", "experiment runs", "experiment run --data owt a", "experiment run"])
 def test_mistakes_of_the_command_are_one_line(line, capsys):
     from cs336_lm.cli import main
     assert main(line.split()) == 2
