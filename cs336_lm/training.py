@@ -1304,6 +1304,7 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
         ending = is_asked_to_stop(run, stop) or run.step == config.steps
         due = ending or _is_due(run.step, config.checkpoint_every, config.steps)
         if due and config.keep_checkpoints and run.step != (run.saved_step or 0):
+            settle(run)  # before the pause: the steps that are still to be done count as training
             with run.clock.pause(): save_run(run)
         if ending: return
         next_step(run)
