@@ -1,5 +1,5 @@
 "Training: the loop against its clear form, exact resume, evaluation against the definition, refusals, the log."
-import io, json, math, os, signal, sys, threading, types
+import io, json, math, os, signal, sys, threading, time, types
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
@@ -223,6 +223,8 @@ def test_a_device_that_runs_behind_changes_nothing(config, monkeypatch, how):
     with at_step(12, act, monkeypatch):
         plain = run(config)
         monkeypatch.setattr(training, "runs_behind", lambda device: True)
+        save = torch.save
+        monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.03), save(*args)))  # the training goes on meanwhile
         behind = run(replace(config, name="behind"))
     assert (plain.status, plain.reason, plain.checkpoint.name) == (behind.status, behind.reason, behind.checkpoint.name)
     assert plain.status == how and timeless(plain) == timeless(behind)
@@ -602,22 +604,26 @@ def test_a_learning_rate_far_too_high_diverges(config):
     assert result.status == "diverged" and "max_lr" in result.reason
 
 
-def high_rate_at(step, monkeypatch):
-    "From this step on the losses are seven nats higher, though still numbers."
+def losses_rise_at(step, monkeypatch, by=7.0):
+    "From this step on the losses are higher by this many nats."
     plain = training.next_step
     def step_and_raise(run):
         plain(run)
-        if run.step >= step: run.pending[-1][0] += 7
+        if run.step >= step: run.pending[-1][0] += by
     monkeypatch.setattr(training, "next_step", step_and_raise)
 
 
 def test_a_run_whose_loss_stays_high_is_stopped_and_its_last_good_checkpoint_is_the_newest(config, monkeypatch):
-    "The loss jumps at step 33 of 60. Checkpoints of 35 and 40 are written on the way and would have pushed out that of 30."
-    config = replace(config, steps=60, checkpoint_every=5, keep_checkpoints=1)
-    high_rate_at(33, monkeypatch)
+    """The loss rises by 2 nats at step 303 of 400. The mean of ten steps shows it from step 308 on, that of a tenth of the
+    run from 323 on; the checkpoints of 310 to 320 are written on the way and would have pushed out that of 305."""
+    config = replace(config, steps=400, checkpoint_every=5, keep_checkpoints=1, eval_every=0)
+    losses_rise_at(303, monkeypatch, 2.0)
+    saved, plain = [], training._write
+    monkeypatch.setattr(training, "_write", lambda state, path, *how: (saved.append(path.name), plain(state, path, *how)))
     result = run(config)
-    assert result.status == "diverged" and "at best" in result.reason and 33 < result.step < 50
-    assert result.checkpoint.name == "step-0000030.pt" == list_checkpoints(result.folder)[0].name
+    assert result.status == "diverged" and "over 40 steps" in result.reason and "at best" in result.reason and 320 < result.step < 340
+    assert saved[-3:] == [f"step-0000{n}.pt" for n in (310, 315, 320)]
+    assert [p.name for p in list_checkpoints(result.folder)] == ["step-0000305.pt"] == [result.checkpoint.name]
     assert records(result)[-1]["status"] == "diverged"
     again = run(config, resume=True)
     assert (again.status, again.reason, again.checkpoint) == ("diverged", result.reason, result.checkpoint)
@@ -625,7 +631,7 @@ def test_a_run_whose_loss_stays_high_is_stopped_and_its_last_good_checkpoint_is_
 
 def test_a_diverging_run_that_is_interrupted_decides_as_if_it_had_not_been(config, monkeypatch):
     config = replace(config, steps=60)
-    high_rate_at(33, monkeypatch)
+    losses_rise_at(33, monkeypatch)
     whole = run(config)
     with at_step(36, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(replace(config, name="other"))
     other = run(replace(config, name="other"), resume=True)
