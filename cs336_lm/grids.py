@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import matplotlib
@@ -45,7 +45,7 @@ from .transformer import PRESETS, ModelConfig, TransformerLM
 # %% ../nbs/14_learning_rate.ipynb #be214448
 BUDGETS: dict[str, dict] = {"small": dict(batch_size=64, steps=2_500, warmup_steps=100, eval_every=500),
                             "full": dict(batch_size=256, steps=5_000, warmup_steps=200, eval_every=500)}
-_EVERY_RUN = dict(log_every=10, checkpoint_every=0, keep_checkpoints=1)
+_EVERY_RUN = dict(log_every=10, checkpoint_every=0, keep_checkpoints=1, eval_batch_size=256)
 
 
 @dataclass(frozen=True)
@@ -471,10 +471,14 @@ def cell_config(cell: Cell, prepared: Prepared, runs_dir: str | Path, changes: M
     return run_config(cell.recipe(prepared.corpus.name), prepared, runs_dir, **{**changes, "model": model})
 
 
+@cache
+def _unigram_entropy_of(path: str) -> float: return unigram_entropy(open_tokens(path))  # the same for every cell
+
+
 def measure_cell(model: nn.Module, config: TrainConfig, prepared: Prepared, sources: Mapping | None) -> dict:
     "What a grid run's record holds beside its curve."
     rows = open_rows(config.valid_tokens, config.model)
-    measures = {"unigram_entropy": unigram_entropy(open_tokens(config.train_tokens))}
+    measures = {"unigram_entropy": _unigram_entropy_of(config.train_tokens)}
     if config.device.startswith("cuda"): measures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if sources and sources["tokenizer"] == prepared.tokenizer.sha256 and sources["tokens"] == len(rows.tokens):
         losses = document_losses(model, rows, sources["starts"], batch_size=config.eval_batch_size,

@@ -126,4 +126,4 @@ def test_kernels_in_tritons_interpreter(monkeypatch):
 @pytest.mark.parametrize("sizes", [{}, dict(batch=1, time=64, heads=1, d=16), dict(batch=2, time=513, heads=3, d=64), dict(d=128, vocab=50_257)])
 def test_kernels_on_a_gpu(sizes):
     errors = kernel_errors(**sizes)
-    assert max(errors.values()) < 1e-2, errors
+    assert max(errors.values()) < 2e-2, errors
