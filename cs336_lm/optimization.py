@@ -118,14 +118,13 @@ def _check_adamw_settings(group: dict) -> None:
         if not 0 <= beta < 1: raise ValueError(f"Invalid beta parameter at index {i}: {beta} (must be in [0, 1))")
 
 # %% ../nbs/09_optimization.ipynb #17c6cae0
-def _count_step(state: dict, param: Tensor, capturable: bool) -> dict:
-    "A parameter's state, filled with zeros on first use, with its step counted up."
+def _state_of(state: dict, param: Tensor, capturable: bool) -> dict:
+    "A parameter's state, filled with zeros on first use."
     if param.grad.is_sparse:
         raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
     if not state:
         state["step"] = torch.tensor(0.0, device=param.device if capturable else None)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
-    state["step"] += 1
     return state
 
 # %% ../nbs/09_optimization.ipynb #8c998167
@@ -166,8 +165,10 @@ class AdamW(torch.optim.Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            states = [_count_step(self.state[p], p, group.get("capturable", False)) for p in params]
-            if params: _update_group(group, params, states, self.update)
+            if not params: continue
+            states = [_state_of(self.state[p], p, group.get("capturable", False)) for p in params]
+            torch._foreach_add_([state["step"] for state in states], 1)
+            _update_group(group, params, states, self.update)
         return loss
 
 # %% ../nbs/09_optimization.ipynb #78577403
@@ -201,5 +202,6 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float, eps: 
     norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in grads])
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     scale = torch.where((norm > max_norm) & norm.isfinite(), max_norm / (norm + eps), 1.0)
-    for g in grads: g.mul_(scale.to(g.device, g.dtype))
+    for device, dtype in {(g.device, g.dtype) for g in grads}:
+        torch._foreach_mul_([g for g in grads if (g.device, g.dtype) == (device, dtype)], scale.to(device, dtype))
     return norm
