@@ -44,10 +44,10 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE'
            'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
            'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'call_model',
            'evaluate', 'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
-           'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
-           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged',
-           'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle', 'append_log',
-           'log_step', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'finish_saving',
+           'loss_and_gradients', 'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded',
+           'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival',
+           'send', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
+           'append_log', 'log_step', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'finish_saving',
            'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance',
            'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many',
            'load_model']
@@ -672,21 +672,35 @@ def check_memory(config: TrainConfig, world: World = World()) -> None:
                      f"{remedy}")
 
 # %% ../nbs/11_training.ipynb #5af151ca
+def loss_and_gradients(model: nn.Module, loss_function: Callable, inputs: Tensor, targets: Tensor, *, rows: int = 0,
+                       precision: str = "fp32", share: Tensor | None = None) -> Tensor:
+    "The batch's loss, `rows` rows (0: all) at a time; its gradients are added to the parameters'."
+    rows, total, counted = rows or len(inputs), 0, (targets != IGNORE_INDEX).sum()
+    for start in range(0, len(inputs), rows):
+        x, y = inputs[start:start + rows], targets[start:start + rows]
+        with gradients_stay_local(model, stay=start + rows < len(inputs)):
+            with autocast(inputs.device, precision): loss = call_model(model, loss_function, x, y)
+            if rows < len(inputs): loss = loss * ((y != IGNORE_INDEX).sum() / counted)
+            if share is not None: loss = loss * share
+            loss.backward()
+        total = total + loss.detach()
+    return total
+
+# %% ../nbs/11_training.ipynb #973cee71
 class TrainStep:
     """One optimizer step on a batch. Its loss (mean nats a target) and gradient norm are tensors on the device.
 
-    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with `graph` the
-    whole step is a `GraphedStep`. `model` may be wrapped for several processes (`distribute_model` of a `ModelCall`),
-    whose rows have `uneven` numbers of targets or not. Nothing in it waits for the device."""
+    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with
+    `graph` the whole step is a `GraphedStep`. `model` may be wrapped for several processes (`distribute_model` of a
+    `ModelCall`), whose rows have `uneven` numbers of targets or not. Nothing in it waits for the device."""
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
                  precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int = 0, uneven: bool = False,
                  graph: bool = False) -> None:
         self.model, self.optimizer, self.loss_function = model, optimizer, loss_function or training_loss
-        self.precision, self.max_grad_norm, self.micro_batch, self.uneven = precision, max_grad_norm, micro_batch, uneven
-        self.device = next(model.parameters()).device
-        self.work = GraphedStep(self.step) if graph else self.step
-        capturable = any(group.get("capturable") for group in optimizer.param_groups)
-        self.rate = torch.zeros((), dtype=torch.float64, device=self.device) if capturable else None
+        self.parts = dict(rows=micro_batch, precision=precision)
+        self.max_grad_norm, self.uneven, self.work = max_grad_norm, uneven, GraphedStep(self.step) if graph else self.step
+        capturable, device = any(g.get("capturable") for g in optimizer.param_groups), next(model.parameters()).device
+        self.rate = torch.zeros((), dtype=torch.float64, device=device) if capturable else None
 
     def __call__(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         "Loss and gradient norm of the step at this learning rate; inputs and targets (batch, time)."
@@ -697,24 +711,11 @@ class TrainStep:
     def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         "Forward, backward, clip, update."
         self.optimizer.zero_grad()
-        loss = self.loss_and_gradients(inputs, targets)
+        share = target_share(targets) if self.uneven else None
+        loss = loss_and_gradients(self.model, self.loss_function, inputs, targets, **self.parts, share=share)
         norm = clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         return loss, norm
-
-    def loss_and_gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        "The batch's loss, its gradients added to the parameters'."
-        rows, total, share = self.micro_batch or len(inputs), 0, target_share(targets) if self.uneven else 1
-        counted = (targets != IGNORE_INDEX).sum()
-        for start in range(0, len(inputs), rows):
-            x, y = inputs[start:start + rows], targets[start:start + rows]
-            with gradients_stay_local(self.model, stay=start + rows < len(inputs)):
-                with autocast(self.device, self.precision): loss = call_model(self.model, self.loss_function, x, y)
-                if rows < len(inputs): loss = loss * ((y != IGNORE_INDEX).sum() / counted)
-                if self.uneven: loss = loss * share
-                loss.backward()
-            total = total + loss.detach()
-        return total
 
 # %% ../nbs/11_training.ipynb #87470350
 class GraphedStep:
@@ -1288,10 +1289,11 @@ def record_evaluation(run: Run, stop: StopRequest, progress: bool = False) -> No
     "Evaluate, unless the log has this step's evaluation already, and log it. `Diverged` if the loss is not finite."
     if run.evaluation and run.evaluation["step"] == run.step: return
     settle(run)
+    began = run.clock.seconds
     with run.clock.pause(): result = stop.allows(lambda: _evaluate_run(run, progress), alone=run.world.size == 1)
     if result is None: return
     run.evaluation = {"kind": "eval", "step": run.step, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
-                      "split": "valid", **result}
+                      "split": "valid", **result, "eval_seconds": round(run.clock.seconds - began, 3)}
     append_log(run, run.evaluation)
     if not math.isfinite(result["loss"]):
         raise Diverged(f"validation loss {result['loss']} at step {run.step}; lower max_lr or lengthen the warmup")

@@ -56,7 +56,7 @@ def records(result): return records_of(result.folder)
 
 def timeless(result):
     "The log without what a clock or the run's name put in."
-    clocks = {"seconds", "tokens_per_second", "mfu", "started", "name", "config"}
+    clocks = {"seconds", "eval_seconds", "tokens_per_second", "mfu", "started", "name", "config"}
     return [{k: v for k, v in r.items() if k not in clocks} for r in records(result)]
 
 
@@ -560,7 +560,7 @@ def test_the_log_keeps_its_contract(config):
     for record in middle:
         assert list(record) == {"step": ["kind", "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"],
                                 "eval": ["kind", "step", "tokens", "seconds", "split", "loss", "bits_per_byte", "perplexity",
-                                         "logit_std", "weight_norm", "block_rms"]}[record["kind"]]
+                                         "logit_std", "weight_norm", "block_rms", "eval_seconds"]}[record["kind"]]
         assert record["tokens"] == record["step"] * config.batch_size * TINY.context_length
     assert [r["step"] for r in middle if r["kind"] == "step"] == [1, 3, 6, 9, 12, 15, 18, 20]
     assert [r["step"] for r in middle if r["kind"] == "eval"] == [0, 10, 20]
