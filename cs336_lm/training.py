@@ -26,7 +26,7 @@ from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
-from .distributed import (ModelCall, World, any_rank, bare_model, clip_gradients_over_ranks, deal_batches,
+from .distributed import (ModelCall, World, any_rank, clip_gradients_over_ranks, deal_batches,
                                   distribute_model, gather_state, gradients_stay_local, load_shards, mean_over_ranks,
                                   on_rank_0, own_rows, processes, rank_bytes, rank_slice, read_shards, read_world,
                                   save_shards, spread_state, sum_over_ranks, target_share)
@@ -224,8 +224,8 @@ def _check_config(config: TrainConfig) -> None:
     if config.warmup_steps >= config.steps:
         raise ValueError(f"warmup_steps is {config.warmup_steps}, but must be below steps, {config.steps}")
     if config.cosine_steps is not None and not config.warmup_steps < config.cosine_steps <= config.steps:
-        raise ValueError(f"cosine_steps is {config.cosine_steps}, but must be above warmup_steps, {config.warmup_steps}, "
-                         f"and at most steps, {config.steps}")
+        raise ValueError(f"cosine_steps is {config.cosine_steps}, but must be above warmup_steps, "
+                         f"{config.warmup_steps}, and at most steps, {config.steps}")
     if config.min_lr > config.max_lr:
         raise ValueError(f"min_lr is {config.min_lr}, but must be at most max_lr, {config.max_lr}")
     if config.batch_size % (config.micro_batch or config.batch_size):
@@ -698,7 +698,8 @@ class TrainStep:
                  graph: bool = False) -> None:
         self.model, self.optimizer, self.loss_function = model, optimizer, loss_function or training_loss
         self.parts = dict(rows=micro_batch, precision=precision)
-        self.max_grad_norm, self.uneven, self.work = max_grad_norm, uneven, GraphedStep(self.step) if graph else self.step
+        self.max_grad_norm, self.uneven = max_grad_norm, uneven
+        self.work = GraphedStep(self.step) if graph else self.step
         capturable, device = any(g.get("capturable") for g in optimizer.param_groups), next(model.parameters()).device
         self.rate = torch.zeros((), dtype=torch.float64, device=device) if capturable else None
 
@@ -753,7 +754,7 @@ class GraphedStep:
 
 # %% ../nbs/11_training.ipynb #f3b1d36b
 def initial_model(config: ModelConfig, seed: int) -> TransformerLM:
-    "The model with the weights of a seed, drawn on the CPU; without a gate, what it shares with the gated one is the same."
+    "The model with a seed's weights, drawn on the CPU; without a gate, what it shares with the gated one is the same."
     torch.manual_seed(seed)
     model = TransformerLM(config)
     if config.ffn == "swiglu": return model
@@ -1377,7 +1378,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, p
     with connected(config.device) as world, current_device(resolve_config(config, world).device):
         run = open_run(config, resume, parts, world)
         with (float32_products(run.config.precision), StopRequest() as stop,
-              _bar(progress and world.writes, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
+              _bar(progress and world.writes, total=config.steps, initial=run.step, desc=config.name,
+                   unit="step") as bar):
             run.listeners = [partial(_show, bar), *([on_record] if on_record else [])]
             if run.config.tensorboard and world.writes:
                 run.listeners.append(TensorBoardWriter(run.folder / "tensorboard", run.step))
