@@ -435,9 +435,12 @@ class DeviceRows:
         ids = self.tokens[places.clamp(max=len(self.tokens) - 1)].long() & self.mask
         return ids, places < len(self.tokens)
 
-    def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        "What `TokenRows.batch` gives, on the device."
-        starts, = to_device((torch.from_numpy(self.rows.chosen(batch_size, seed, step)),), self.device)
+    def chosen(self, batch_size: int, seed: int, step: int) -> Tensor:
+        "Where the rows of a step begin, on the device."
+        return to_device((torch.from_numpy(self.rows.chosen(batch_size, seed, step)),), self.device)[0]
+
+    def cut(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+        "Inputs and targets of the rows that begin there: what `TokenRows.batch` gives, on the device."
         if self.rows.starts is not None: return self._documents(starts)
         ids, _ = self.windows(starts, self.rows.context_length + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -468,10 +471,10 @@ class Prefetch:
 
 # %% ../nbs/11_training.ipynb #4b787f63
 def batch_source(rows: TokenRows | DeviceRows, config: TrainConfig, world: World = World()) -> Callable:
-    "The function from a step to this process's inputs and targets on the device."
+    "The function from a step to this process's inputs and targets on the device; of `DeviceRows`, to their starts."
     own, device = rank_slice(config.batch_size, world), torch.device(config.device)
+    if isinstance(rows, DeviceRows): return lambda step: (rows.chosen(config.batch_size, config.seed, step)[own],)
     make = lambda step: tuple(t[own] for t in rows.batch(config.batch_size, config.seed, step))
-    if isinstance(rows, DeviceRows): return make
     if device.type != "cuda": return lambda step: to_device(make(step), device)
     return Prefetch(lambda step: tuple(t.pin_memory() for t in make(step)), lambda batch: to_device(batch, device))
 
@@ -592,7 +595,7 @@ class Run:
     tokenizer: Tokenizer | None
     model: TransformerLM
     optimizer: torch.optim.Optimizer
-    batch: Callable[[int], tuple[Tensor, Tensor]]  # a step's inputs and targets, on the device
+    batch: Callable[[int], tuple[Tensor, ...]]  # what a step's rows are cut from, or the rows themselves
     train_step: TrainStep
     evaluation_function: Callable
     world: World  # the processes that train together; mostly one
@@ -688,65 +691,68 @@ def loss_and_gradients(model: nn.Module, loss_function: Callable, inputs: Tensor
 
 # %% ../nbs/11_training.ipynb #973cee71
 class TrainStep:
-    """One optimizer step on a batch. Its loss (mean nats a target) and gradient norm are tensors on the device.
+    """`step(inputs, targets, lr)`: one optimizer step on a batch. A tensor of three numbers, which stays on the device:
+    loss (mean nats a target), gradient norm, number of targets.
 
     `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with
     `graph` the whole step is a `GraphedStep`. `model` may be wrapped for several processes (`distribute_model` of a
-    `ModelCall`), whose rows have `uneven` numbers of targets or not. Nothing in it waits for the device."""
+    `ModelCall`), whose rows have `uneven` numbers of targets or not. With `cut`, inputs and targets are what it makes of
+    the arguments before the rate. Nothing in it waits for the device."""
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
                  precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int = 0, uneven: bool = False,
-                 graph: bool = False) -> None:
+                 graph: bool = False, cut: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
         self.model, self.optimizer, self.loss_function = model, optimizer, loss_function or training_loss
         self.parts = dict(rows=micro_batch, precision=precision)
-        self.max_grad_norm, self.uneven = max_grad_norm, uneven
+        self.max_grad_norm, self.uneven, self.cut = max_grad_norm, uneven, cut
         self.work = GraphedStep(self.step) if graph else self.step
         capturable, device = any(g.get("capturable") for g in optimizer.param_groups), next(model.parameters()).device
         self.rate = torch.zeros((), dtype=torch.float64, device=device) if capturable else None
 
-    def __call__(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        "Loss and gradient norm of the step at this learning rate; inputs and targets (batch, time)."
+    def __call__(self, *batch_and_rate: Tensor | float) -> Tensor:
+        *batch, lr = batch_and_rate
         if self.rate is not None: self.rate.fill_(lr)
         for group in self.optimizer.param_groups: group["lr"] = self.rate if group.get("capturable") else lr
-        return self.work(inputs, targets)
+        return self.work(*batch)
 
-    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, *batch: Tensor) -> Tensor:
         "Forward, backward, clip, update."
+        inputs, targets = self.cut(*batch) if self.cut else batch
         self.optimizer.zero_grad()
         share = target_share(targets) if self.uneven else None
         loss = loss_and_gradients(self.model, self.loss_function, inputs, targets, **self.parts, share=share)
         norm = clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
-        return loss, norm
+        return torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()])
 
 # %% ../nbs/11_training.ipynb #87470350
 class GraphedStep:
-    "`function` of tensors on CUDA, recorded as a CUDA graph after `WARM_UP` plain calls, and replayed from then on."
+    "`function` from tensors to a tensor on CUDA: recorded as a CUDA graph after `WARM_UP` plain calls, then replayed."
     WARM_UP = 3
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function, self.calls, self.graph, self.stream = function, 0, None, None
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         self.calls += 1
         if self.stream is None: self.stream = torch.cuda.Stream(inputs[0].device)
         if self.calls == self.WARM_UP + 1: self._try_to_record(inputs)
         if self.graph is None: return self._plainly(inputs)
         for kept, new in zip(self.inputs, inputs): kept.copy_(new)
         self.graph.replay()
-        return tuple(t.clone() for t in self.outputs)  # the next replay overwrites them
+        return self.output.clone()  # the next replay overwrites it
 
-    def _plainly(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _plainly(self, inputs: tuple[Tensor, ...]) -> Tensor:
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream): outputs = self.function(*inputs)
+        with torch.cuda.stream(self.stream): output = self.function(*inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
-        return outputs
+        return output
 
     def _try_to_record(self, inputs: tuple[Tensor, ...]) -> None:
         "Recording runs nothing: the step is done by the replay that follows."
         self.inputs, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):  # others may copy
-                self.outputs = self.function(*self.inputs)
+                self.output = self.function(*self.inputs)
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph of the step ({str(error)[:200]}); it runs without, more slowly", stacklevel=2)
             return torch.cuda.synchronize()
@@ -823,12 +829,13 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None, world: World
     settings = dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     optimizer = AdamW(model.parameters(), **settings, capturable=can_be_recorded(config, world))
     if optimizer.param_groups[0]["capturable"]: optimizer.update = parts.update
+    rows = parts.rows(train_rows, config, world)
     train_step = TrainStep(model, optimizer, parts.loss_function, precision=autocast_precision(config, world),
                            max_grad_norm=config.max_grad_norm, micro_batch=config.micro_batch,
-                           uneven=world.size > 1 and config.rows == "documents", graph=config.graph == "on")
-    batch = batch_source(parts.rows(train_rows, config, world), config, world)
+                           uneven=world.size > 1 and config.rows == "documents", graph=config.graph == "on",
+                           cut=rows.cut if isinstance(rows, DeviceRows) else None)
     return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, parts.model, optimizer,
-               batch, train_step, parts.evaluation_function, world, _data(train_rows, valid_rows),
+               batch_source(rows, config, world), train_step, parts.evaluation_function, world, _data(train_rows, valid_rows),
                LossWatch(divergence_window(config.steps)))
 
 # %% ../nbs/11_training.ipynb #538fb15b
@@ -851,9 +858,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def next_step(run: Run) -> None:
     "One step of training; its loss, gradient norm and number of targets are left on the device."
     step = run.step + 1
-    inputs, targets = run.batch(step)
-    loss, norm = run.train_step(inputs, targets, learning_rate(run.config, step))
-    run.pending.append(torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()]))
+    run.pending.append(run.train_step(*run.batch(step), learning_rate(run.config, step)))
     run.step = step
 
 # %% ../nbs/11_training.ipynb #7eaa0cb2

@@ -1,6 +1,6 @@
 "Training: the loop against its clear form, exact resume, evaluation against the definition, refusals, the log."
-import io, json, math, os, signal, sys, threading, time, types
-from contextlib import contextmanager
+import io, json, math, os, signal, sys, threading, time, types, warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -169,8 +169,8 @@ def one_step(config, micro_batch=0, **optimizer):
     adamw = AdamW(model.parameters(), **optimizer)
     rows = open_rows(config.train_tokens, TINY, "documents", Tokenizer.load(config.tokenizer))
     step = TrainStep(model, adamw, micro_batch=micro_batch)
-    for number in 1, 2: loss, norm = step(*rows.batch(12, 0, number), 1e-2)
-    return loss, norm, *model.parameters()
+    for number in 1, 2: values = step(*rows.batch(12, 0, number), 1e-2)
+    return values, *model.parameters()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
@@ -251,6 +251,20 @@ def test_prefetched_batches_are_the_same_in_any_order_and_errors_come_through():
     ahead.close()
 
 
+def cut_on(device, rows, *batch):
+    on_device = DeviceRows(rows, torch.device(device))
+    return on_device.cut(on_device.chosen(*batch))
+
+
+@pytest.mark.parametrize("rows", ["stream", "documents"])
+def test_a_run_that_cuts_its_rows_in_the_step_is_the_same_run(config, monkeypatch, rows):
+    config = replace(config, rows=rows, micro_batch=2)
+    plain = run(config)
+    monkeypatch.setattr(training, "fits_device", lambda *args: True)
+    cut = run(replace(config, name="cut"))
+    assert same_bits(final_state(plain), final_state(cut)) and timeless(plain) == timeless(cut)
+
+
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_rows_cut_on_the_device_are_the_rows(drawn):
@@ -260,7 +274,45 @@ def test_rows_cut_on_the_device_are_the_rows(drawn):
     tokens, length, step = np.array(ids, dtype=dtype), drawn.draw(st.integers(1, 10)), drawn.draw(st.integers(0, 99))
     about = TokenFile("x.npy", "", len(ids), 1, 1, {}, {})
     for rows in (TokenRows(about, tokens, length), TokenRows(about, tokens, length, top - 1, document_starts(tokens, top - 1))):
-        for a, b in zip(rows.batch(5, 1, step), DeviceRows(rows, torch.device("cpu")).batch(5, 1, step)): assert torch.equal(a, b)
+        for a, b in zip(rows.batch(5, 1, step), cut_on("cpu", rows, 5, 1, step)): assert torch.equal(a, b)
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    "CUDA's streams and graphs for a function on the CPU; what the graph does when it is replayed is put into `replay`."
+    class Stream:
+        def wait_stream(self, other): pass
+    class Graph:
+        def replay(self): cuda.replay()
+    cuda = types.SimpleNamespace(replay=None, refuse=False)
+    @contextmanager
+    def graph(graph, stream, capture_error_mode):
+        if cuda.refuse: raise RuntimeError("not on this card")
+        yield
+    for name, value in {"Stream": lambda device: Stream(), "current_stream": Stream, "stream": lambda s: nullcontext(), "CUDAGraph": Graph,
+                        "graph": graph, "synchronize": lambda: None}.items(): monkeypatch.setattr(torch.cuda, name, value)
+    return cuda
+
+
+def test_a_graphed_step_feeds_the_graph_its_own_inputs_and_gives_results_that_last(pretended_cuda):
+    calls = []
+    def function(x, y):
+        calls.append(1)
+        return x * 10 + y
+    step = training.GraphedStep(function)
+    pretended_cuda.replay = lambda: step.output.copy_(step.inputs[0] * 10 + step.inputs[1])
+    results = [step(torch.tensor([float(i)]), torch.tensor([1.0])) for i in range(8)]
+    assert [r.item() for r in results] == [10.0 * i + 1 for i in range(8)]
+    assert len(calls) == step.WARM_UP + 1, "three plain calls, one recording"
+
+
+def test_a_card_that_cannot_record_goes_on_plainly_with_a_warning(pretended_cuda):
+    pretended_cuda.refuse, step = True, training.GraphedStep(lambda x: x + 1)
+    for i in range(3): step(torch.tensor([1.0]))
+    with pytest.warns(UserWarning, match="no CUDA graph of the step .not on this card."): assert step(torch.tensor([4.0])).item() == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert step(torch.tensor([7.0])).item() == 8
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -294,7 +346,7 @@ def test_cuda_run_resumes_and_goes_on_the_cpu(config, monkeypatch):
 def test_cuda_rows_are_the_rows_of_the_cpu(config):
     for rows in "stream", "documents":
         data = open_rows(config.train_tokens, TINY, rows, Tokenizer.load(config.tokenizer))
-        for a, b in zip(DeviceRows(data, torch.device("cuda")).batch(7, 0, 3), data.batch(7, 0, 3)): assert torch.equal(a.cpu(), b)
+        for a, b in zip(cut_on("cuda", data, 7, 0, 3), data.batch(7, 0, 3)): assert torch.equal(a.cpu(), b)
 
 
 def test_norms_of_the_network(config):
