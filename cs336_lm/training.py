@@ -696,8 +696,8 @@ class TrainStep:
 
     `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with
     `graph` the whole step is a `GraphedStep`. `model` may be wrapped for several processes (`distribute_model` of a
-    `ModelCall`), whose rows have `uneven` numbers of targets or not. With `cut`, inputs and targets are what it makes of
-    the arguments before the rate. Nothing in it waits for the device."""
+    `ModelCall`), whose rows have `uneven` numbers of targets or not. `cut` makes inputs and targets of the arguments
+    before the rate, if they are something else. Nothing in it waits for the device."""
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
                  precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int = 0, uneven: bool = False,
                  graph: bool = False, cut: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
@@ -826,8 +826,8 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None, world: World
     parts.fit(config, world)
     model = distribute_model(ModelCall(parts.model), world, config.strategy, config.precision) \
         if world.size > 1 else parts.model
-    settings = dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-    optimizer = AdamW(model.parameters(), **settings, capturable=can_be_recorded(config, world))
+    optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+                      capturable=can_be_recorded(config, world))
     if optimizer.param_groups[0]["capturable"]: optimizer.update = parts.update
     rows = parts.rows(train_rows, config, world)
     train_step = TrainStep(model, optimizer, parts.loss_function, precision=autocast_precision(config, world),
@@ -835,8 +835,8 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None, world: World
                            uneven=world.size > 1 and config.rows == "documents", graph=config.graph == "on",
                            cut=rows.cut if isinstance(rows, DeviceRows) else None)
     return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, parts.model, optimizer,
-               batch_source(rows, config, world), train_step, parts.evaluation_function, world, _data(train_rows, valid_rows),
-               LossWatch(divergence_window(config.steps)))
+               batch_source(rows, config, world), train_step, parts.evaluation_function, world,
+               _data(train_rows, valid_rows), LossWatch(divergence_window(config.steps)))
 
 # %% ../nbs/11_training.ipynb #538fb15b
 def is_sharded(config: TrainConfig, world: World) -> bool: return world.size > 1 and config.strategy == "fsdp"
