@@ -811,7 +811,7 @@ def test_a_live_plot_is_redrawn_in_place(config, monkeypatch):
     display.display = lambda image, display_id: shown.append(image.data) or Handle()
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     plot = LivePlot(seconds=0)
-    result = run(config, on_record=plot)
+    result = run(replace(config, log_every=10, eval_every=0), on_record=plot)
     assert len(shown) == len(records(result)) - 1 and all(png.startswith(b"\x89PNG") for png in shown)
     assert shown[-1] == plot.picture() != shown[0]
     monkeypatch.setitem(sys.modules, "IPython.display", None)
