@@ -47,10 +47,10 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE'
            'loss_and_gradients', 'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded',
            'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival',
            'send', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
-           'append_log', 'log_step', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'finish_saving',
-           'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance',
-           'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many',
-           'load_model']
+           'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run',
+           'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation',
+           'advance', 'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot',
+           'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -1020,6 +1020,15 @@ def log_step(run: Run) -> dict:
     run.losses.clear()
     append_log(run, record)
     return record
+
+# %% ../nbs/11_training.ipynb #e773697e
+def loop_rate(records: list[dict]) -> float:
+    "Tokens a second from a log's first step line to its last; only the time of evaluations is left out."
+    steps = [r for r in records if r["kind"] == "step"]
+    first, last = steps[0], steps[-1]
+    between = lambda record: record["kind"] == "eval" and first["step"] <= record["step"] < last["step"]
+    evaluating = sum(record["eval_seconds"] for record in filter(between, records))
+    return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"] - evaluating)
 
 # %% ../nbs/11_training.ipynb #bfee0ffe
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:

@@ -622,6 +622,13 @@ def test_the_log_keeps_its_contract(config):
     assert {p.name for p in result.folder.iterdir()} == {"config.json", "log.jsonl", "checkpoints", "tokenizer"}
 
 
+def test_the_rate_of_the_loop_leaves_out_evaluations_only():
+    step = lambda n, seconds: {"kind": "step", "step": n, "tokens": 100 * n, "seconds": seconds}
+    evaluation = lambda n, took: {"kind": "eval", "step": n, "eval_seconds": took}
+    log = [{"kind": "header"}, evaluation(0, 50.0), step(1, 55.0), step(10, 60.0), evaluation(10, 3.0), step(20, 68.0), evaluation(20, 9.0)]
+    assert training.loop_rate(log) == pytest.approx(1900 / (68 - 55 - 3))
+
+
 def test_tokens_count_targets_and_not_padding(config):
     config = replace(config, rows="documents", steps=4)
     rows = open_rows(config.train_tokens, TINY, "documents", Tokenizer.load(config.tokenizer))
