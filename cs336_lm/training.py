@@ -33,7 +33,7 @@ from .distributed import (ModelCall, World, any_rank, clip_gradients_over_ranks,
 from .kernels import fused_training_loss, kernels_fit, use_kernels
 from .layers import swiglu_d_ff
 from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
-                                   token_losses)
+                                   norm_and_scale, token_losses)
 from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
@@ -694,10 +694,10 @@ class TrainStep:
     """`step(inputs, targets, lr)`: one optimizer step on a batch. A tensor of three numbers, which stays on the device:
     loss (mean nats a target), gradient norm, number of targets.
 
-    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with
-    `graph` the whole step is a `GraphedStep`. `model` may be wrapped for several processes (`distribute_model` of a
-    `ModelCall`), whose rows have `uneven` numbers of targets or not. `cut` makes inputs and targets of the arguments
-    before the rate, if they are something else. Nothing in it waits for the device."""
+    `optimizer` is our AdamW; `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are
+    worked on at once; with `graph` the whole step is a `GraphedStep`. `model` may be wrapped for several processes
+    (`distribute_model` of a `ModelCall`), whose rows have `uneven` numbers of targets or not. `cut` makes inputs and
+    targets of the arguments before the rate, if they are something else. Nothing in it waits for the device."""
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
                  precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int = 0, uneven: bool = False,
                  graph: bool = False, cut: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
@@ -705,7 +705,7 @@ class TrainStep:
         self.parts = dict(rows=micro_batch, precision=precision)
         self.max_grad_norm, self.uneven, self.cut = max_grad_norm, uneven, cut
         self.work = GraphedStep(self.step) if graph else self.step
-        capturable, device = any(g.get("capturable") for g in optimizer.param_groups), next(model.parameters()).device
+        capturable, device = optimizer.param_groups[0].get("capturable"), next(model.parameters()).device
         self.rate = torch.zeros((), dtype=torch.float64, device=device) if capturable else None
 
     def __call__(self, *batch_and_rate: Tensor | float) -> Tensor:
@@ -720,9 +720,16 @@ class TrainStep:
         self.optimizer.zero_grad()
         share = target_share(targets) if self.uneven else None
         loss = loss_and_gradients(self.model, self.loss_function, inputs, targets, **self.parts, share=share)
-        norm = clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
+        norm = self.clip()
         self.optimizer.step()
         return torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()])
+
+    def clip(self) -> Tensor:
+        "Clip the gradients, or leave the scaling to an AdamW that does it on the way; their norm before."
+        if self.rate is None: return clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm, self.optimizer.grad_scale = norm_and_scale(grads, self.max_grad_norm)
+        return norm
 
 # %% ../nbs/11_training.ipynb #87470350
 class GraphedStep:

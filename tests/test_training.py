@@ -168,7 +168,7 @@ def one_step(config, micro_batch=0, **optimizer):
     model = TransformerLM(TINY)
     adamw = AdamW(model.parameters(), **optimizer)
     rows = open_rows(config.train_tokens, TINY, "documents", Tokenizer.load(config.tokenizer))
-    step = TrainStep(model, adamw, micro_batch=micro_batch)
+    step = TrainStep(model, adamw, micro_batch=micro_batch, max_grad_norm=0.3)
     for number in 1, 2: values = step(*rows.batch(12, 0, number), 1e-2)
     return values, *model.parameters()
 
