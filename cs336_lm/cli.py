@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MaybePath', 'MaybeText', 'MaybeInt', 'MaybeFloat', 'TextOrCorpus', 'COMMANDS', 'HELP', 'INTRODUCTION', 'EXAMPLES',
-           'DataChoice', 'TARGETS', 'Command', 'command', 'main', 'data_list', 'data_download', 'data_make',
-           'data_describe', 'bpe', 'encode', 'generate', 'demo', 'figures', 'experiment_list', 'experiment_status',
-           'experiment_run', 'experiment_figures']
+           'DataChoice', 'RunsOrGrids', 'TARGETS', 'Command', 'command', 'main', 'data_list', 'data_download',
+           'data_make', 'data_describe', 'bpe', 'encode', 'generate', 'demo', 'figures', 'experiment_list',
+           'experiment_status', 'experiment_run', 'experiment_figures']
 
 # %% ../nbs/19_command_line.ipynb #d38db47c
 import contextlib, difflib, functools, io, json, os, re, sys, warnings
@@ -419,16 +419,20 @@ def _load(model: Path, tokenizer: Path | None, device: str) -> tuple:
 # %% ../nbs/19_command_line.ipynb #6cf07bcd
 def _table(numbers: dict) -> list[str]:
     "The numbers of `account` for people."
-    adamw, days = numbers["adamw"], numbers["train_seconds_50pct"] / 86_400
-    fixed, row = adamw["bytes_fixed"], adamw["bytes_per_sequence"]
+    adamw, seconds = numbers["adamw"], numbers["train_seconds_50pct"]
+    whole = adamw.get("with_third_matrix")
+    rows = lambda found: f"{found['bytes_per_sequence']:>22,}   bytes of activations for each row"
+    largest = lambda found: f"{found['max_batch_80gb']:>22,}   in 80 GB ({found['max_batch_80gib']} in 80 GiB)"
     return [f"parameters      {numbers['parameters']:>22,}   {numbers['parameter_bytes'] / 1e9:.2f} GB in float32",
             f"forward pass    {numbers['forward_flops']:>22,}   FLOPs",
             *(f"  {name:24s} {share:12.1%}" for name, share in numbers["forward_share"].items()),
-            f"training        {fixed:>22,}   bytes for parameters, gradients and AdamW's state, in float32",
-            f"                {row:>22,}   bytes of activations for each row",
-            f"largest batch   {adamw['max_batch_80gb']:>22,}   in 80 GB ({adamw['max_batch_80gib']} in 80 GiB)",
+            f"training        {adamw['bytes_fixed']:>22,}   bytes for parameters, gradients, AdamW's state, in float32",
+            f"                {rows(adamw)}",
+            f"largest batch   {largest(adamw)}",
+            *([f"  with W3 listed{rows(whole)}", f"  largest batch {largest(whole)}"] if whole else []),
             f"one AdamW step  {adamw['update_flops']:>22,}   FLOPs",
-            f"400,000 steps   {days:>22,.0f}   days at batch 1,024 and half the peak of the {numbers['edition']} card"]
+            f"400,000 steps   {seconds / 86_400:>22,.0f}   days ({seconds / 3600:,.0f} hours) at batch 1,024 and half the peak "
+            f"of the {numbers['edition']} card"]
 
 # %% ../nbs/19_command_line.ipynb #c86d3b86
 @command("account", "Parameters, FLOPs, memory and training time of a model, computed and not measured.",
@@ -487,6 +491,7 @@ def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> No
 # %% ../nbs/19_command_line.ipynb #dc9f322f
 _CORPORA = {"web": ("web-488MB", "runs"), "official": ("tinystories", "runs-official")}  # corpus, folder of the records
 DataChoice = Literal[tuple(_CORPORA)]
+RunsOrGrids = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|GRID ...")]
 
 
 def _cells(names: Sequence[str]) -> list:
@@ -531,7 +536,7 @@ def experiment_status(data: DataChoice = "web", figures: Path = Path("figures"))
 # %% ../nbs/19_command_line.ipynb #b6ee00e9
 @command("experiment run", "Train runs or grids of the catalogue and record them; what is recorded is skipped.",
          "  cs336 experiment run small-base-lr3e-3-seed0\n  cs336 experiment run ablations --data official")
-def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web", device: str = "auto",
+def experiment_run(names: RunsOrGrids, data: DataChoice = "web", device: str = "auto",
                    figures: Path = Path("figures"), runs_dir: Path = Path("runs")) -> int:
     """Run.
 
@@ -542,15 +547,22 @@ def experiment_run(names: Positional[tuple[str, ...]], data: DataChoice = "web",
         figures: the folder that holds the records
         runs_dir: where the run folders go
     """
-    from cs336_lm.grids import prepare_cells, read_sources, run_cell
+    from functools import cache
+    from cs336_lm.experiments import RUNS, run_experiment
+    from cs336_lm.grids import parse_name, prepare_cells, read_sources, run_cell
     from cs336_lm.training import TrainParts
-    (corpus, place), cells, parts = _CORPORA[data], _cells(names), TrainParts()
+    if not names: raise ValueError("name runs or grids; see cs336 experiment list")
+    (corpus, place), parts = _CORPORA[data], TrainParts()
+    others = [name for name in names if name in RUNS and parse_name(name) is None]  # of chapter 13
+    cells = _cells([name for name in names if name not in others])
+    for name in others: run_experiment(name, runs_dir=runs_dir, records=figures / "runs", device=device, progress=_progress())
     todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
     print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
-    prepared = prepare_cells(corpus, 10_000, progress=_progress()) if todo else None
+    prepared = cache(lambda vocab_size: prepare_cells(corpus, vocab_size, progress=_progress()))
     for cell in todo:
-        log = run_cell(cell, prepared, runs_dir=runs_dir / place, records=figures / place, parts=parts, progress=_progress(),
-                       sources=read_sources(corpus, figures / place), changes={"device": device})
+        log = run_cell(cell, prepared(cell.recipe().vocab_size), runs_dir=runs_dir / place, records=figures / place,
+                       parts=parts, sources=read_sources(corpus, figures / place), progress=_progress(),
+                       changes={"device": device})
         if log is None: return _report_stop(cell.name)
         print(f"{cell.name}: {'diverged' if log.diverged else f'validation loss {log.loss:.4f}'}", flush=True)
     return 0

@@ -33,7 +33,7 @@ def prepared(tmp_path_factory):
 def sources_of(prepared) -> dict:
     valid = open_tokens(prepared.valid.path)
     starts = document_starts(valid, prepared.tokenizer.token_to_id(END_OF_TEXT))
-    return {"tokenizer": prepared.tokenizer.sha256, "tokens": len(valid), "starts": starts.tolist(), "sources": ["even", "odd"],
+    return {"tokenizer": prepared.tokenizer.sha256, "valid": prepared.valid.corpus["sha256"], "tokens": len(valid), "starts": starts.tolist(), "sources": ["even", "odd"],
             "source": [i % 2 for i in range(len(starts))], "bytes": [50] * len(starts)}
 
 
@@ -135,6 +135,8 @@ def test_source_losses_weigh_by_tokens(prepared, toy_runs):
     only = gr.source_losses(log, sources, [i == 0 for i in range(len(sources["starts"]))])
     assert set(only) == {"even", "all"} and only["all"]["tokens"] == sources["starts"][1]
     assert gr.source_losses(replace(log, measures={}), sources) == {}
+    other = replace(log, measures=log.measures | {"document_starts": [i // 2 for i in sources["starts"]]})
+    assert gr.source_losses(other, sources)["all"]["tokens"] == log.header["tokens"]["valid"]  # of another tokenizer
 
 
 def test_an_interrupted_cell_is_given_back_and_goes_on(prepared, tmp_path, monkeypatch):
@@ -142,10 +144,10 @@ def test_an_interrupted_cell_is_given_back_and_goes_on(prepared, tmp_path, monke
     changes = TOY | {"steps": 400, "log_every": 5}
     timer = threading.Timer(0.8, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    assert gr.work(queue, prepared, gr.Pace(), runs_dir=tmp_path / "runs", changes=changes, say=lambda _: None) == 0
+    assert gr.work(queue, lambda _: prepared, gr.Pace(), runs_dir=tmp_path / "runs", changes=changes, say=lambda _: None) == 0
     timer.join()
     assert queue.is_open(cell) and not list((tmp_path / "rec").glob("*.jsonl"))
-    assert gr.work(queue, prepared, gr.Pace(), runs_dir=tmp_path / "runs", changes=changes, say=lambda _: None) == 1
+    assert gr.work(queue, lambda _: prepared, gr.Pace(), runs_dir=tmp_path / "runs", changes=changes, say=lambda _: None) == 1
     log = ex.read_record(cell.name, tmp_path / "rec")
     assert log.status == "finished" and log.steps[-1]["step"] == 400 and column(log.steps, "step") == sorted(column(log.steps, "step"))
 
@@ -158,10 +160,11 @@ def test_a_failing_cell_is_passed_by_and_the_clock_is_kept(prepared, tmp_path, m
         return ran(cell, *args, **kwargs)
     monkeypatch.setattr(gr, "run_cell", failing)
     args = dict(runs_dir=tmp_path / "runs", changes=TOY, say=said.append)
-    assert gr.work(queue, prepared, gr.Pace(time.monotonic() + 1.0), **args) == 0 and "no time" in said[-1]
-    assert gr.work(queue, prepared, gr.Pace(), **args) == 2
+    assert gr.work(queue, lambda _: prepared, gr.Pace(time.monotonic() + 1.0), **args) == 0 and "no time" in said[-1]
+    assert gr.work(queue, lambda _: prepared, gr.Pace(), **args) == 2
+    with pytest.raises(KeyboardInterrupt), gr.stopping_at(time.monotonic() + 0.05): time.sleep(5)
+    time.sleep(0.1)  # and no longer
     assert any("not enough memory" in line for line in said) and not queue.is_done(grid.cells[1])
-    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def test_the_module_runs_workers_packs_records_and_skips_what_is_known(prepared, tmp_path):
@@ -312,7 +315,7 @@ GRID_FIGURES = ["fig1_learning_rate", "fig2_batch_size", "fig3_no_rmsnorm", "fig
 def test_figures_of_grids_are_pending_then_drawn_alike_twice(tmp_path):
     records = tmp_path / "runs"
     assert set(ex.pending_figures(records)) == set(ex.FIGURES) and ex.draw_figures(tmp_path) == []
-    for grid in gr.GRIDS.values():
+    for grid in (gr.GRIDS[name] for name in ("learning_rate", "ablations", "cosine800", "batch_size")):
         for cell in grid.cells:
             diverged = cell.rate > 2e-2
             if cell.seed == 0: write_record(records, cell, 4 + abs(math.log10(cell.rate / 3e-3)), last=9.0 if diverged else None)
@@ -334,3 +337,27 @@ def test_smoothing_keeps_constants_and_bounds(values, width):
     values = np.array(values)
     found = gr.smoothed(values, width)
     assert len(found) == len(values) and values.min() - 1e-9 <= found.min() and found.max() <= values.max() + 1e-9
+
+
+# ---- the command
+
+def test_the_command_runs_a_cell_on_official_data_once_and_counts_it(prepared, tmp_path, monkeypatch, capsys):
+    from cs336_lm.cli import main
+    monkeypatch.setattr(gr, "prepare_cells", lambda corpus, vocab_size, **_: calls.append((corpus, vocab_size)) or prepared)
+    monkeypatch.setattr(gr, "cell_config", lambda cell, prepared, runs_dir, changes=None, real=gr.cell_config: real(cell, prepared, runs_dir, TOY | changes))
+    calls, line = [], f"experiment run small-nope-lr1e-2-seed0 --data official --device cpu --figures {tmp_path} --runs-dir {tmp_path / 'runs'}".split()
+    assert main(line) == 0 and main(line) == 0 and calls == [("tinystories", 10_000)]
+    assert "1 recorded already, 0 to run" in capsys.readouterr().out
+    assert ex.read_record("small-nope-lr1e-2-seed0", tmp_path / "runs-official").status == "finished"
+    assert main(["experiment", "status", "--data", "official", "--figures", str(tmp_path)]) == 0 == main(["experiment", "list"])
+    out = capsys.readouterr().out
+    assert "ablations        1 of 50 recorded" in out and all(name in out for name in gr.GRIDS)
+    assert main(["experiment", "list", "cosine800"]) == 0 and capsys.readouterr().out.split() == list(gr.GRIDS["cosine800"].runs)
+
+
+@pytest.mark.parametrize("line", ["experiment run small-base", "experiment list ablation", "experiment runs", "experiment run --data owt a", "experiment run"])
+def test_mistakes_of_the_command_are_one_line(line, capsys):
+    from cs336_lm.cli import main
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and "Traceback" not in err
