@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['token_losses', 'cross_entropy', 'SGD', 'adamw_update', 'adamw_update_all', 'adamw_update_capturable', 'AdamW',
-           'cosine_schedule', 'clip_gradients']
+           'cosine_schedule', 'norm_and_scale', 'clip_gradients']
 
 # %% ../nbs/09_optimization.ipynb #daa99fa2
 import math
@@ -94,9 +94,12 @@ def adamw_update_all(params: list[Tensor], grads: list[Tensor], exp_avgs: list[T
 # %% ../nbs/09_optimization.ipynb #ce35eade
 def adamw_update_capturable(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor],
                             exp_avg_sqs: list[Tensor], *, steps: list[Tensor], lr: Tensor | float,
-                            betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    "`adamw_update_all` with counts, and if it is a tensor the rate, read on the device when the step is done."
+                            betas: tuple[float, float], eps: float, weight_decay: float,
+                            grad_scale: Tensor | None = None) -> None:
+    """`adamw_update_all` with counts, and if they are tensors the rate and a factor of the gradients, read on the device
+    when the step is done."""
     beta1, beta2 = betas
+    if grad_scale is not None: grads = torch._foreach_mul(grads, grad_scale)
     counts = torch.stack(steps).double()
     sizes, scales = (lr / (1 - beta1**counts)).unbind(), (1 - beta2**counts).sqrt().unbind()
     torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -118,23 +121,24 @@ def _check_adamw_settings(group: dict) -> None:
         if not 0 <= beta < 1: raise ValueError(f"Invalid beta parameter at index {i}: {beta} (must be in [0, 1))")
 
 # %% ../nbs/09_optimization.ipynb #17c6cae0
-def _count_step(state: dict, param: Tensor, capturable: bool) -> dict:
-    "A parameter's state, filled with zeros on first use, with its step counted up."
+def _state_of(state: dict, param: Tensor, capturable: bool) -> dict:
+    "A parameter's state, filled with zeros on first use."
     if param.grad.is_sparse:
         raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
     if not state:
         state["step"] = torch.tensor(0.0, device=param.device if capturable else None)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
-    state["step"] += 1
     return state
 
 # %% ../nbs/09_optimization.ipynb #8c998167
-def _update_group(group: dict, params: list[Tensor], states: list[dict], group_update: Callable) -> None:
+def _update_group(group: dict, params: list[Tensor], states: list[dict], group_update: Callable,
+                  grad_scale: Tensor | None) -> None:
     "Hand a group's tensors to `group_update`, to the fast update or, one by one, to the clear one."
     settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
     columns = [[p.grad for p in params], *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))]
     if group.get("capturable"):
-        return group_update(params, *columns, steps=[state["step"] for state in states], **settings)
+        steps = [state["step"] for state in states]
+        return group_update(params, *columns, steps=steps, grad_scale=grad_scale, **settings)
     steps = [state["step"].item() for state in states]
     if group.get("foreach") is not False: return adamw_update_all(params, *columns, steps=steps, **settings)
     for *tensors, step in zip(params, *columns, steps): adamw_update(*tensors, step=step, **settings)
@@ -145,7 +149,8 @@ class AdamW(torch.optim.Optimizer):
 
     `foreach=False` updates parameter by parameter with `adamw_update`, the readable form; the default does all at once.
     `capturable=True` keeps counts on the device and takes the rate as a tensor too, so that a CUDA graph can hold the
-    step; `update`, then the whole work on a group's tensors, may be replaced by its compiled form.
+    step; `update`, then the whole work on a group's tensors, may be replaced by its compiled form, and the attribute
+    `grad_scale` be set to a tensor by which gradients are multiplied on the way.
     ValueError for a setting out of range, RuntimeError for a sparse gradient. Source: handout problem `adamw`.
     """
 
@@ -153,7 +158,7 @@ class AdamW(torch.optim.Optimizer):
                  weight_decay: float = 0.01, *, foreach: bool = True, capturable: bool = False):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach,
                                       capturable=capturable))
-        self.update = adamw_update_capturable
+        self.update, self.grad_scale = adamw_update_capturable, None
 
     def add_param_group(self, param_group: dict) -> None:
         "Add a group of parameters; settings it does not name are the optimizer's defaults."
@@ -166,8 +171,10 @@ class AdamW(torch.optim.Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            states = [_count_step(self.state[p], p, group.get("capturable", False)) for p in params]
-            if params: _update_group(group, params, states, self.update)
+            if not params: continue
+            states = [_state_of(self.state[p], p, group.get("capturable", False)) for p in params]
+            torch._foreach_add_([state["step"] for state in states], 1)
+            _update_group(group, params, states, self.update, self.grad_scale)
         return loss
 
 # %% ../nbs/09_optimization.ipynb #78577403
@@ -188,6 +195,14 @@ def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, 
 
 # %% ../nbs/09_optimization.ipynb #5413d7cf
 @torch.no_grad()
+def norm_and_scale(grads: list[Tensor], max_norm: float, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    "The global l2 norm of the gradients, and the factor that brings it down to max_norm (1 where none is needed)."
+    norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in grads])
+    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return norm, torch.where((norm > max_norm) & norm.isfinite(), max_norm / (norm + eps), 1.0)
+
+# %% ../nbs/09_optimization.ipynb #3f3f6723
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float, eps: float = 1e-6) -> Tensor:
     """Scale all gradients in place so that their global l2 norm is at most max_norm; the norm before clipping (scalar).
 
@@ -198,8 +213,7 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float, eps: 
     if isinstance(parameters, Tensor): parameters = [parameters]
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads: return torch.tensor(0.0)
-    norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in grads])
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    scale = torch.where((norm > max_norm) & norm.isfinite(), max_norm / (norm + eps), 1.0)
-    for g in grads: g.mul_(scale.to(g.device, g.dtype))
+    norm, scale = norm_and_scale(grads, max_norm, eps)
+    for device, dtype in {(g.device, g.dtype) for g in grads}:
+        torch._foreach_mul_([g for g in grads if (g.device, g.dtype) == (device, dtype)], scale.to(device, dtype))
     return norm

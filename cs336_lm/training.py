@@ -26,14 +26,14 @@ from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
-from .distributed import (ModelCall, World, any_rank, bare_model, clip_gradients_over_ranks, deal_batches,
+from .distributed import (ModelCall, World, any_rank, clip_gradients_over_ranks, deal_batches,
                                   distribute_model, gather_state, gradients_stay_local, load_shards, mean_over_ranks,
                                   on_rank_0, own_rows, processes, rank_bytes, rank_slice, read_shards, read_world,
                                   save_shards, spread_state, sum_over_ranks, target_share)
 from .kernels import fused_training_loss, kernels_fit, use_kernels
 from .layers import swiglu_d_ff
 from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
-                                   token_losses)
+                                   norm_and_scale, token_losses)
 from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
@@ -44,13 +44,13 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE'
            'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
            'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'call_model',
            'evaluate', 'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
-           'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
-           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged',
-           'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle', 'append_log',
-           'log_step', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'finish_saving',
-           'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance',
-           'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many',
-           'load_model']
+           'loss_and_gradients', 'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded',
+           'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival',
+           'send', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
+           'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run',
+           'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation',
+           'advance', 'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot',
+           'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -224,8 +224,8 @@ def _check_config(config: TrainConfig) -> None:
     if config.warmup_steps >= config.steps:
         raise ValueError(f"warmup_steps is {config.warmup_steps}, but must be below steps, {config.steps}")
     if config.cosine_steps is not None and not config.warmup_steps < config.cosine_steps <= config.steps:
-        raise ValueError(f"cosine_steps is {config.cosine_steps}, but must be above warmup_steps, {config.warmup_steps}, "
-                         f"and at most steps, {config.steps}")
+        raise ValueError(f"cosine_steps is {config.cosine_steps}, but must be above warmup_steps, "
+                         f"{config.warmup_steps}, and at most steps, {config.steps}")
     if config.min_lr > config.max_lr:
         raise ValueError(f"min_lr is {config.min_lr}, but must be at most max_lr, {config.max_lr}")
     if config.batch_size % (config.micro_batch or config.batch_size):
@@ -435,9 +435,12 @@ class DeviceRows:
         ids = self.tokens[places.clamp(max=len(self.tokens) - 1)].long() & self.mask
         return ids, places < len(self.tokens)
 
-    def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        "What `TokenRows.batch` gives, on the device."
-        starts, = to_device((torch.from_numpy(self.rows.chosen(batch_size, seed, step)),), self.device)
+    def chosen(self, batch_size: int, seed: int, step: int) -> Tensor:
+        "Where the rows of a step begin, on the device."
+        return to_device((torch.from_numpy(self.rows.chosen(batch_size, seed, step)),), self.device)[0]
+
+    def cut(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+        "Inputs and targets of the rows that begin there: what `TokenRows.batch` gives, on the device."
         if self.rows.starts is not None: return self._documents(starts)
         ids, _ = self.windows(starts, self.rows.context_length + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -468,10 +471,10 @@ class Prefetch:
 
 # %% ../nbs/11_training.ipynb #4b787f63
 def batch_source(rows: TokenRows | DeviceRows, config: TrainConfig, world: World = World()) -> Callable:
-    "The function from a step to this process's inputs and targets on the device."
+    "The function from a step to this process's inputs and targets on the device; of `DeviceRows`, to their starts."
     own, device = rank_slice(config.batch_size, world), torch.device(config.device)
+    if isinstance(rows, DeviceRows): return lambda step: (rows.chosen(config.batch_size, config.seed, step)[own],)
     make = lambda step: tuple(t[own] for t in rows.batch(config.batch_size, config.seed, step))
-    if isinstance(rows, DeviceRows): return make
     if device.type != "cuda": return lambda step: to_device(make(step), device)
     return Prefetch(lambda step: tuple(t.pin_memory() for t in make(step)), lambda batch: to_device(batch, device))
 
@@ -592,7 +595,7 @@ class Run:
     tokenizer: Tokenizer | None
     model: TransformerLM
     optimizer: torch.optim.Optimizer
-    batch: Callable[[int], tuple[Tensor, Tensor]]  # a step's inputs and targets, on the device
+    batch: Callable[[int], tuple[Tensor, ...]]  # what a step's rows are cut from, or the rows themselves
     train_step: TrainStep
     evaluation_function: Callable
     world: World  # the processes that train together; mostly one
@@ -672,79 +675,91 @@ def check_memory(config: TrainConfig, world: World = World()) -> None:
                      f"{remedy}")
 
 # %% ../nbs/11_training.ipynb #5af151ca
-class TrainStep:
-    """One optimizer step on a batch. Its loss (mean nats a target) and gradient norm are tensors on the device.
+def loss_and_gradients(model: nn.Module, loss_function: Callable, inputs: Tensor, targets: Tensor, *, rows: int = 0,
+                       precision: str = "fp32", share: Tensor | None = None) -> Tensor:
+    "The batch's loss, `rows` rows (0: all) at a time; its gradients are added to the parameters'."
+    rows, total, counted = rows or len(inputs), 0, (targets != IGNORE_INDEX).sum()
+    for start in range(0, len(inputs), rows):
+        x, y = inputs[start:start + rows], targets[start:start + rows]
+        with gradients_stay_local(model, stay=start + rows < len(inputs)):
+            with autocast(inputs.device, precision): loss = call_model(model, loss_function, x, y)
+            if rows < len(inputs): loss = loss * ((y != IGNORE_INDEX).sum() / counted)
+            if share is not None: loss = loss * share
+            loss.backward()
+        total = total + loss.detach()
+    return total
 
-    `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are worked on at once; with `graph` the
-    whole step is a `GraphedStep`. `model` may be wrapped for several processes (`distribute_model` of a `ModelCall`),
-    whose rows have `uneven` numbers of targets or not. Nothing in it waits for the device."""
+# %% ../nbs/11_training.ipynb #973cee71
+class TrainStep:
+    """`step(inputs, targets, lr)`: one optimizer step on a batch. A tensor of three numbers, which stays on the device:
+    loss (mean nats a target), gradient norm, number of targets.
+
+    `optimizer` is our AdamW; `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are
+    worked on at once; with `graph` the whole step is a `GraphedStep`. `model` may be wrapped for several processes
+    (`distribute_model` of a `ModelCall`), whose rows have `uneven` numbers of targets or not. `cut` makes inputs and
+    targets of the arguments before the rate, if they are something else. Nothing in it waits for the device."""
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_function: Callable | None = None, *,
                  precision: str = "fp32", max_grad_norm: float = 1.0, micro_batch: int = 0, uneven: bool = False,
-                 graph: bool = False) -> None:
+                 graph: bool = False, cut: Callable[..., tuple[Tensor, Tensor]] | None = None) -> None:
         self.model, self.optimizer, self.loss_function = model, optimizer, loss_function or training_loss
-        self.precision, self.max_grad_norm, self.micro_batch, self.uneven = precision, max_grad_norm, micro_batch, uneven
-        self.device = next(model.parameters()).device
+        self.parts = dict(rows=micro_batch, precision=precision)
+        self.max_grad_norm, self.uneven, self.cut = max_grad_norm, uneven, cut
         self.work = GraphedStep(self.step) if graph else self.step
-        capturable = any(group.get("capturable") for group in optimizer.param_groups)
-        self.rate = torch.zeros((), dtype=torch.float64, device=self.device) if capturable else None
+        capturable, device = optimizer.param_groups[0].get("capturable"), next(model.parameters()).device
+        self.rate = torch.zeros((), dtype=torch.float64, device=device) if capturable else None
 
-    def __call__(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        "Loss and gradient norm of the step at this learning rate; inputs and targets (batch, time)."
+    def __call__(self, *batch_and_rate: Tensor | float) -> Tensor:
+        *batch, lr = batch_and_rate
         if self.rate is not None: self.rate.fill_(lr)
         for group in self.optimizer.param_groups: group["lr"] = self.rate if group.get("capturable") else lr
-        return self.work(inputs, targets)
+        return self.work(*batch)
 
-    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, *batch: Tensor) -> Tensor:
         "Forward, backward, clip, update."
+        inputs, targets = self.cut(*batch) if self.cut else batch
         self.optimizer.zero_grad()
-        loss = self.loss_and_gradients(inputs, targets)
-        norm = clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
+        share = target_share(targets) if self.uneven else None
+        loss = loss_and_gradients(self.model, self.loss_function, inputs, targets, **self.parts, share=share)
+        norm = self.clip()
         self.optimizer.step()
-        return loss, norm
+        return torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()])
 
-    def loss_and_gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        "The batch's loss, its gradients added to the parameters'."
-        rows, total, share = self.micro_batch or len(inputs), 0, target_share(targets) if self.uneven else 1
-        counted = (targets != IGNORE_INDEX).sum()
-        for start in range(0, len(inputs), rows):
-            x, y = inputs[start:start + rows], targets[start:start + rows]
-            with gradients_stay_local(self.model, stay=start + rows < len(inputs)):
-                with autocast(self.device, self.precision): loss = call_model(self.model, self.loss_function, x, y)
-                if rows < len(inputs): loss = loss * ((y != IGNORE_INDEX).sum() / counted)
-                if self.uneven: loss = loss * share
-                loss.backward()
-            total = total + loss.detach()
-        return total
+    def clip(self) -> Tensor:
+        "Clip the gradients, or leave the scaling to an AdamW that does it on the way; their norm before."
+        if self.rate is None: return clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm, self.optimizer.grad_scale = norm_and_scale(grads, self.max_grad_norm)
+        return norm
 
 # %% ../nbs/11_training.ipynb #87470350
 class GraphedStep:
-    "`function` of tensors on CUDA, recorded as a CUDA graph after `WARM_UP` plain calls, and replayed from then on."
+    "`function` from tensors to a tensor on CUDA: recorded as a CUDA graph after `WARM_UP` plain calls, then replayed."
     WARM_UP = 3
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function, self.calls, self.graph, self.stream = function, 0, None, None
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         self.calls += 1
         if self.stream is None: self.stream = torch.cuda.Stream(inputs[0].device)
         if self.calls == self.WARM_UP + 1: self._try_to_record(inputs)
         if self.graph is None: return self._plainly(inputs)
         for kept, new in zip(self.inputs, inputs): kept.copy_(new)
         self.graph.replay()
-        return tuple(t.clone() for t in self.outputs)  # the next replay overwrites them
+        return self.output.clone()  # the next replay overwrites it
 
-    def _plainly(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _plainly(self, inputs: tuple[Tensor, ...]) -> Tensor:
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream): outputs = self.function(*inputs)
+        with torch.cuda.stream(self.stream): output = self.function(*inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
-        return outputs
+        return output
 
     def _try_to_record(self, inputs: tuple[Tensor, ...]) -> None:
         "Recording runs nothing: the step is done by the replay that follows."
         self.inputs, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):  # others may copy
-                self.outputs = self.function(*self.inputs)
+                self.output = self.function(*self.inputs)
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph of the step ({str(error)[:200]}); it runs without, more slowly", stacklevel=2)
             return torch.cuda.synchronize()
@@ -752,7 +767,7 @@ class GraphedStep:
 
 # %% ../nbs/11_training.ipynb #f3b1d36b
 def initial_model(config: ModelConfig, seed: int) -> TransformerLM:
-    "The model with the weights of a seed, drawn on the CPU; without a gate, what it shares with the gated one is the same."
+    "The model with a seed's weights, drawn on the CPU; without a gate, what it shares with the gated one is the same."
     torch.manual_seed(seed)
     model = TransformerLM(config)
     if config.ffn == "swiglu": return model
@@ -818,16 +833,17 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None, world: World
     parts.fit(config, world)
     model = distribute_model(ModelCall(parts.model), world, config.strategy, config.precision) \
         if world.size > 1 else parts.model
-    settings = dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-    optimizer = AdamW(model.parameters(), **settings, capturable=can_be_recorded(config, world))
+    optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+                      capturable=can_be_recorded(config, world))
     if optimizer.param_groups[0]["capturable"]: optimizer.update = parts.update
+    rows = parts.rows(train_rows, config, world)
     train_step = TrainStep(model, optimizer, parts.loss_function, precision=autocast_precision(config, world),
                            max_grad_norm=config.max_grad_norm, micro_batch=config.micro_batch,
-                           uneven=world.size > 1 and config.rows == "documents", graph=config.graph == "on")
-    batch = batch_source(parts.rows(train_rows, config, world), config, world)
+                           uneven=world.size > 1 and config.rows == "documents", graph=config.graph == "on",
+                           cut=rows.cut if isinstance(rows, DeviceRows) else None)
     return Run(config, Path(config.runs_dir) / config.name, train_rows, valid_rows, tokenizer, parts.model, optimizer,
-               batch, train_step, parts.evaluation_function, world, _data(train_rows, valid_rows),
-               LossWatch(divergence_window(config.steps)))
+               batch_source(rows, config, world), train_step, parts.evaluation_function, world,
+               _data(train_rows, valid_rows), LossWatch(divergence_window(config.steps)))
 
 # %% ../nbs/11_training.ipynb #538fb15b
 def is_sharded(config: TrainConfig, world: World) -> bool: return world.size > 1 and config.strategy == "fsdp"
@@ -849,9 +865,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def next_step(run: Run) -> None:
     "One step of training; its loss, gradient norm and number of targets are left on the device."
     step = run.step + 1
-    inputs, targets = run.batch(step)
-    loss, norm = run.train_step(inputs, targets, learning_rate(run.config, step))
-    run.pending.append(torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()]))
+    run.pending.append(run.train_step(*run.batch(step), learning_rate(run.config, step)))
     run.step = step
 
 # %% ../nbs/11_training.ipynb #7eaa0cb2
@@ -1013,6 +1027,15 @@ def log_step(run: Run) -> dict:
     run.losses.clear()
     append_log(run, record)
     return record
+
+# %% ../nbs/11_training.ipynb #e773697e
+def loop_rate(records: list[dict]) -> float:
+    "Tokens a second from a log's first step line to its last; only the time of evaluations is left out."
+    steps = [r for r in records if r["kind"] == "step"]
+    first, last = steps[0], steps[-1]
+    between = lambda record: record["kind"] == "eval" and first["step"] <= record["step"] < last["step"]
+    evaluating = sum(record["eval_seconds"] for record in filter(between, records))
+    return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"] - evaluating)
 
 # %% ../nbs/11_training.ipynb #bfee0ffe
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
@@ -1288,10 +1311,11 @@ def record_evaluation(run: Run, stop: StopRequest, progress: bool = False) -> No
     "Evaluate, unless the log has this step's evaluation already, and log it. `Diverged` if the loss is not finite."
     if run.evaluation and run.evaluation["step"] == run.step: return
     settle(run)
+    began = run.clock.seconds
     with run.clock.pause(): result = stop.allows(lambda: _evaluate_run(run, progress), alone=run.world.size == 1)
     if result is None: return
     run.evaluation = {"kind": "eval", "step": run.step, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
-                      "split": "valid", **result}
+                      "split": "valid", **result, "eval_seconds": round(run.clock.seconds - began, 3)}
     append_log(run, run.evaluation)
     if not math.isfinite(result["loss"]):
         raise Diverged(f"validation loss {result['loss']} at step {run.step}; lower max_lr or lengthen the warmup")
@@ -1305,6 +1329,7 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
         ending = is_asked_to_stop(run, stop) or run.step == config.steps
         due = ending or _is_due(run.step, config.checkpoint_every, config.steps)
         if due and config.keep_checkpoints and run.step != (run.saved_step or 0):
+            settle(run)  # before the pause: the steps that are still to be done count as training
             with run.clock.pause(): save_run(run)
         if ending: return
         next_step(run)
@@ -1374,7 +1399,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, p
     with connected(config.device) as world, current_device(resolve_config(config, world).device):
         run = open_run(config, resume, parts, world)
         with (float32_products(run.config.precision), StopRequest() as stop,
-              _bar(progress and world.writes, total=config.steps, initial=run.step, desc=config.name, unit="step") as bar):
+              _bar(progress and world.writes, total=config.steps, initial=run.step, desc=config.name,
+                   unit="step") as bar):
             run.listeners = [partial(_show, bar), *([on_record] if on_record else [])]
             if run.config.tensorboard and world.writes:
                 run.listeners.append(TensorBoardWriter(run.folder / "tensorboard", run.step))

@@ -1,6 +1,6 @@
 "Training: the loop against its clear form, exact resume, evaluation against the definition, refusals, the log."
-import io, json, math, os, signal, sys, threading, types
-from contextlib import contextmanager
+import io, json, math, os, signal, sys, threading, time, types, warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -56,7 +56,7 @@ def records(result): return records_of(result.folder)
 
 def timeless(result):
     "The log without what a clock or the run's name put in."
-    clocks = {"seconds", "tokens_per_second", "mfu", "started", "name", "config"}
+    clocks = {"seconds", "eval_seconds", "tokens_per_second", "mfu", "started", "name", "config"}
     return [{k: v for k, v in r.items() if k not in clocks} for r in records(result)]
 
 
@@ -168,9 +168,9 @@ def one_step(config, micro_batch=0, **optimizer):
     model = TransformerLM(TINY)
     adamw = AdamW(model.parameters(), **optimizer)
     rows = open_rows(config.train_tokens, TINY, "documents", Tokenizer.load(config.tokenizer))
-    step = TrainStep(model, adamw, micro_batch=micro_batch)
-    for number in 1, 2: loss, norm = step(*rows.batch(12, 0, number), 1e-2)
-    return loss, norm, *model.parameters()
+    step = TrainStep(model, adamw, micro_batch=micro_batch, max_grad_norm=0.3)
+    for number in 1, 2: values = step(*rows.batch(12, 0, number), 1e-2)
+    return values, *model.parameters()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
@@ -223,6 +223,8 @@ def test_a_device_that_runs_behind_changes_nothing(config, monkeypatch, how):
     with at_step(12, act, monkeypatch):
         plain = run(config)
         monkeypatch.setattr(training, "runs_behind", lambda device: True)
+        save = torch.save
+        monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.03), save(*args)))  # the training goes on meanwhile
         behind = run(replace(config, name="behind"))
     assert (plain.status, plain.reason, plain.checkpoint.name) == (behind.status, behind.reason, behind.checkpoint.name)
     assert plain.status == how and timeless(plain) == timeless(behind)
@@ -249,6 +251,20 @@ def test_prefetched_batches_are_the_same_in_any_order_and_errors_come_through():
     ahead.close()
 
 
+def cut_on(device, rows, *batch):
+    on_device = DeviceRows(rows, torch.device(device))
+    return on_device.cut(on_device.chosen(*batch))
+
+
+@pytest.mark.parametrize("rows", ["stream", "documents"])
+def test_a_run_that_cuts_its_rows_in_the_step_is_the_same_run(config, monkeypatch, rows):
+    config = replace(config, rows=rows, micro_batch=2)
+    plain = run(config)
+    monkeypatch.setattr(training, "fits_device", lambda *args: True)
+    cut = run(replace(config, name="cut"))
+    assert same_bits(final_state(plain), final_state(cut)) and timeless(plain) == timeless(cut)
+
+
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_rows_cut_on_the_device_are_the_rows(drawn):
@@ -258,7 +274,45 @@ def test_rows_cut_on_the_device_are_the_rows(drawn):
     tokens, length, step = np.array(ids, dtype=dtype), drawn.draw(st.integers(1, 10)), drawn.draw(st.integers(0, 99))
     about = TokenFile("x.npy", "", len(ids), 1, 1, {}, {})
     for rows in (TokenRows(about, tokens, length), TokenRows(about, tokens, length, top - 1, document_starts(tokens, top - 1))):
-        for a, b in zip(rows.batch(5, 1, step), DeviceRows(rows, torch.device("cpu")).batch(5, 1, step)): assert torch.equal(a, b)
+        for a, b in zip(rows.batch(5, 1, step), cut_on("cpu", rows, 5, 1, step)): assert torch.equal(a, b)
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    "CUDA's streams and graphs for a function on the CPU; what the graph does when it is replayed is put into `replay`."
+    class Stream:
+        def wait_stream(self, other): pass
+    class Graph:
+        def replay(self): cuda.replay()
+    cuda = types.SimpleNamespace(replay=None, refuse=False)
+    @contextmanager
+    def graph(graph, stream, capture_error_mode):
+        if cuda.refuse: raise RuntimeError("not on this card")
+        yield
+    for name, value in {"Stream": lambda device: Stream(), "current_stream": Stream, "stream": lambda s: nullcontext(), "CUDAGraph": Graph,
+                        "graph": graph, "synchronize": lambda: None}.items(): monkeypatch.setattr(torch.cuda, name, value)
+    return cuda
+
+
+def test_a_graphed_step_feeds_the_graph_its_own_inputs_and_gives_results_that_last(pretended_cuda):
+    calls = []
+    def function(x, y):
+        calls.append(1)
+        return x * 10 + y
+    step = training.GraphedStep(function)
+    pretended_cuda.replay = lambda: step.output.copy_(step.inputs[0] * 10 + step.inputs[1])
+    results = [step(torch.tensor([float(i)]), torch.tensor([1.0])) for i in range(8)]
+    assert [r.item() for r in results] == [10.0 * i + 1 for i in range(8)]
+    assert len(calls) == step.WARM_UP + 1, "three plain calls, one recording"
+
+
+def test_a_card_that_cannot_record_goes_on_plainly_with_a_warning(pretended_cuda):
+    pretended_cuda.refuse, step = True, training.GraphedStep(lambda x: x + 1)
+    for i in range(3): step(torch.tensor([1.0]))
+    with pytest.warns(UserWarning, match="no CUDA graph of the step .not on this card."): assert step(torch.tensor([4.0])).item() == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert step(torch.tensor([7.0])).item() == 8
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -292,7 +346,7 @@ def test_cuda_run_resumes_and_goes_on_the_cpu(config, monkeypatch):
 def test_cuda_rows_are_the_rows_of_the_cpu(config):
     for rows in "stream", "documents":
         data = open_rows(config.train_tokens, TINY, rows, Tokenizer.load(config.tokenizer))
-        for a, b in zip(DeviceRows(data, torch.device("cuda")).batch(7, 0, 3), data.batch(7, 0, 3)): assert torch.equal(a.cpu(), b)
+        for a, b in zip(cut_on("cuda", data, 7, 0, 3), data.batch(7, 0, 3)): assert torch.equal(a.cpu(), b)
 
 
 def test_norms_of_the_network(config):
@@ -558,7 +612,7 @@ def test_the_log_keeps_its_contract(config):
     for record in middle:
         assert list(record) == {"step": ["kind", "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"],
                                 "eval": ["kind", "step", "tokens", "seconds", "split", "loss", "bits_per_byte", "perplexity",
-                                         "logit_std", "weight_norm", "block_rms"]}[record["kind"]]
+                                         "logit_std", "weight_norm", "block_rms", "eval_seconds"]}[record["kind"]]
         assert record["tokens"] == record["step"] * config.batch_size * TINY.context_length
     assert [r["step"] for r in middle if r["kind"] == "step"] == [1, 3, 6, 9, 12, 15, 18, 20]
     assert [r["step"] for r in middle if r["kind"] == "eval"] == [0, 10, 20]
@@ -566,6 +620,13 @@ def test_the_log_keeps_its_contract(config):
     seconds = [r["seconds"] for r in middle]
     assert seconds == sorted(seconds)
     assert {p.name for p in result.folder.iterdir()} == {"config.json", "log.jsonl", "checkpoints", "tokenizer"}
+
+
+def test_the_rate_of_the_loop_leaves_out_evaluations_only():
+    step = lambda n, seconds: {"kind": "step", "step": n, "tokens": 100 * n, "seconds": seconds}
+    evaluation = lambda n, took: {"kind": "eval", "step": n, "eval_seconds": took}
+    log = [{"kind": "header"}, evaluation(0, 50.0), step(1, 55.0), step(10, 60.0), evaluation(10, 3.0), step(20, 68.0), evaluation(20, 9.0)]
+    assert training.loop_rate(log) == pytest.approx(1900 / (68 - 55 - 3))
 
 
 def test_tokens_count_targets_and_not_padding(config):
@@ -602,22 +663,26 @@ def test_a_learning_rate_far_too_high_diverges(config):
     assert result.status == "diverged" and "max_lr" in result.reason
 
 
-def high_rate_at(step, monkeypatch):
-    "From this step on the losses are seven nats higher, though still numbers."
+def losses_rise_at(step, monkeypatch, by=7.0):
+    "From this step on the losses are higher by this many nats."
     plain = training.next_step
     def step_and_raise(run):
         plain(run)
-        if run.step >= step: run.pending[-1][0] += 7
+        if run.step >= step: run.pending[-1][0] += by
     monkeypatch.setattr(training, "next_step", step_and_raise)
 
 
 def test_a_run_whose_loss_stays_high_is_stopped_and_its_last_good_checkpoint_is_the_newest(config, monkeypatch):
-    "The loss jumps at step 33 of 60. Checkpoints of 35 and 40 are written on the way and would have pushed out that of 30."
-    config = replace(config, steps=60, checkpoint_every=5, keep_checkpoints=1)
-    high_rate_at(33, monkeypatch)
+    """The loss rises by 2 nats at step 303 of 400. The mean of ten steps shows it from step 308 on, that of a tenth of the
+    run from 323 on; the checkpoints of 310 to 320 are written on the way and would have pushed out that of 305."""
+    config = replace(config, steps=400, checkpoint_every=5, keep_checkpoints=1, eval_every=0)
+    losses_rise_at(303, monkeypatch, 2.0)
+    saved, plain = [], training._write
+    monkeypatch.setattr(training, "_write", lambda state, path, *how: (saved.append(path.name), plain(state, path, *how)))
     result = run(config)
-    assert result.status == "diverged" and "at best" in result.reason and 33 < result.step < 50
-    assert result.checkpoint.name == "step-0000030.pt" == list_checkpoints(result.folder)[0].name
+    assert result.status == "diverged" and "over 40 steps" in result.reason and "at best" in result.reason and 320 < result.step < 340
+    assert saved[-3:] == [f"step-0000{n}.pt" for n in (310, 315, 320)]
+    assert [p.name for p in list_checkpoints(result.folder)] == ["step-0000305.pt"] == [result.checkpoint.name]
     assert records(result)[-1]["status"] == "diverged"
     again = run(config, resume=True)
     assert (again.status, again.reason, again.checkpoint) == ("diverged", result.reason, result.checkpoint)
@@ -625,7 +690,7 @@ def test_a_run_whose_loss_stays_high_is_stopped_and_its_last_good_checkpoint_is_
 
 def test_a_diverging_run_that_is_interrupted_decides_as_if_it_had_not_been(config, monkeypatch):
     config = replace(config, steps=60)
-    high_rate_at(33, monkeypatch)
+    losses_rise_at(33, monkeypatch)
     whole = run(config)
     with at_step(36, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(replace(config, name="other"))
     other = run(replace(config, name="other"), resume=True)
@@ -753,7 +818,7 @@ def test_a_live_plot_is_redrawn_in_place(config, monkeypatch):
     display.display = lambda image, display_id: shown.append(image.data) or Handle()
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     plot = LivePlot(seconds=0)
-    result = run(config, on_record=plot)
+    result = run(replace(config, log_every=10, eval_every=0), on_record=plot)
     assert len(shown) == len(records(result)) - 1 and all(png.startswith(b"\x89PNG") for png in shown)
     assert shown[-1] == plot.picture() != shown[0]
     monkeypatch.setitem(sys.modules, "IPython.display", None)
