@@ -46,7 +46,7 @@ from .training import (TokenRows, TrainConfig, TrainParts, autocast, learning_ra
 from .transformer import PRESETS, ModelConfig, TransformerLM
 
 # %% ../nbs/14_learning_rate.ipynb #be214448
-BUDGETS: dict[str, dict] = {"small": dict(batch_size=64, steps=2_500, warmup_steps=100, eval_every=500),
+BUDGETS: dict[str, dict] = {"small": dict(batch_size=64, steps=2_500, warmup_steps=100, eval_every=1_250),
                             "full": dict(batch_size=256, steps=5_000, warmup_steps=200, eval_every=500)}
 _EVERY_RUN = dict(log_every=10, checkpoint_every=0, keep_checkpoints=1, eval_batch_size=256)
 
@@ -182,9 +182,9 @@ GRIDS: dict[str, Grid] = {
     "ablations": Grid("each ablation by five rates", ABLATED, ABLATION_RATES),
     "cosine800": Grid("no RMSNorm with the original write-up's early end of the cosine", ("no-rmsnorm-cosine800",),
                       ABLATION_RATES),
-    "batch_size": Grid("batches of 8 to 1,024 rows, three rates each",
+    "batch_size": Grid("batches of 8 to 1,024 rows, three rates each, three seeds at the best",
                        ("batch512", "batch128", "batch256", "batch32", "batch1024", "batch8"), (1e-3, 3e-3, 1e-2),
-                       (0,), 0),
+                       (0,), 1, (1, 2)),
     "batch_of_one": Grid("a row a step", ("batch1",), (3e-4, 1e-3), (0,), 0),
     "free_choices": Grid("one change each around the best cell", tuple(v for v in VARIANTS if re.match(
         "vocab|context|warmup|beta2|decay", v)), (3e-3,), (0, 1, 2), 0),
@@ -996,7 +996,7 @@ def plot_ablation(logs: Sequence[RunLog]) -> Figure:
     for ax, (rates, title) in zip(axes, panels): _ablation_curves(ax, grid, rates, title, low)
     for i, v in enumerate(variants): draw_rates(axes[-1], grid, v, PALETTE[i], v, LINE_STYLES[i], 0.98 - 0.05 * i)
     rates = sorted({g.rate for g in grid})
-    axes[-1].set(title="all rates", ylabel="validation loss at the end", ylim=(low - 0.1, low + 1.3), xticks=rates,
+    axes[-1].set(title="all rates", ylabel="validation loss at the end", ylim=(low - 0.1, low + 1.8), xticks=rates,
                  xticklabels=map(rate_text, rates))
     axes[-1].xaxis.set_minor_locator(NullLocator())
     axes[-1].legend(fontsize=8)
