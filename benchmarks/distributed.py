@@ -6,9 +6,9 @@
     torchrun --nproc-per-node 2 benchmarks/distributed.py --compile           blocks (FSDP2) or the loss as a whole (DDP) compiled
 
 The reference runs on rank 0 alone with the whole batch, by chapters 08 and 09 only. Tokens a second count all ranks; the batch
-a rank is the same for one process and for many.
+a rank is the same for one process and for many (alone, the ranks train at the same time without a word to each other, and one counts).
 """
-import argparse, gc, json, platform, shutil, statistics, tempfile, time
+import argparse, gc, json, os, platform, shutil, statistics, tempfile, time
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
@@ -225,7 +225,7 @@ def main() -> None:
         if world.size == 1: raise SystemExit("this compares several processes with one: start it with torchrun --nproc-per-node 2")
         torch.backends.cuda.matmul.allow_tf32 = False
         if world.device == "cpu": torch.set_num_threads(1)
-        where = platform.machine() if world.device == "cpu" else torch.cuda.get_device_name()
+        where = f"{os.cpu_count()} CPU cores ({platform.machine()})" if world.device == "cpu" else torch.cuda.get_device_name()
         say(world, f"{world.size} ranks on {where}, torch {torch.__version__}")
         found = {"ranks": world.size, "device": where, "torch": torch.__version__, "date": date.today().isoformat(),
                  "compiled": args.compile, "losses": compare(world)}

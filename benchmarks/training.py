@@ -13,6 +13,7 @@ import sys, time
 STARTED = time.time()
 sys.path.pop(0)  # this folder, whose tokenizers.py would stand in for the package that transformers imports
 import argparse, json, re, statistics
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -149,7 +150,8 @@ class Batches:
 
     def __call__(self, step: int):
         starts = np.random.default_rng((0, step)).integers(len(self.tokens) - MODEL.context_length - 1, size=self.rows)
-        ids = self.tokens[torch.from_numpy(starts).to(DEVICE)[:, None] + torch.arange(MODEL.context_length + 1, device=DEVICE)].long()
+        starts = torch.from_numpy(starts).pin_memory().to(DEVICE, non_blocking=True) if CUDA else torch.from_numpy(starts)
+        ids = self.tokens[starts[:, None] + torch.arange(MODEL.context_length + 1, device=DEVICE)].long()
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -209,8 +211,8 @@ def compare(batch_size: int, tokens: Path | None, steps: int, repeats: int) -> l
     return rows
 
 
-def ladder(batch_size: int, tokens: Path | None, steps: int) -> list[dict]:
-    "What each change buys: every row has the changes of the rows above it."
+def ladder(batch_size: int, tokens: Path | None, steps: int) -> Iterator[list[dict]]:
+    "What each change buys: every row has the changes of the rows above it. All rows so far, after each."
     batches, rows = Batches(tokens, batch_size), []
     for label, options in LADDER:
         try:
@@ -220,9 +222,9 @@ def ladder(batch_size: int, tokens: Path | None, steps: int) -> list[dict]:
             rows.append({"change": label, "ms": 1e3 * statistics.median(times), "loss_at_8": loss.item()})
             print(f"{label:60s} {rows[-1]['ms']:8.2f} ms, loss after 8 steps {loss.item():.4f}", flush=True)
         except torch.OutOfMemoryError: print(f"{label:60s} does not fit")
-        del step
-        if CUDA: torch.cuda.empty_cache()
-    return rows
+        yield rows
+        step = None
+        torch.cuda.empty_cache()
 
 
 KINDS = [("attention", "_attention_"), ("loss", "_cross_entropy"), ("matrix products", "nvjet|gemm|cutlass|splitK"), ("SiLU and gate", "triton_poi.*sigmoid"),
@@ -259,6 +261,7 @@ def main() -> None:
     parser.add_argument("--first-step", action="store_true", help="only the seconds to the first finished step")
     args = parser.parse_args()
     if args.tokens and not args.tokens.is_file(): parser.error(f"no token file {args.tokens}; make one with cs336 encode")
+    if args.record and not args.record.parent.is_dir(): parser.error(f"no folder {args.record.parent} for the record")
     sizes = [int(b) for b in args.batch.split(",")]
     if args.first_step:
         step, batches = Ours(sizes[0]), Batches(args.tokens, sizes[0])
@@ -267,14 +270,20 @@ def main() -> None:
     record = {"device": device_name(DEVICE), "torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
               "tokens": args.tokens.name if args.tokens else "random", "model": asdict(MODEL), "flops_per_token": flops_per_token(MODEL), "matmul_flops": matmul_rate()}
     print(f"{record['device']}, torch {record['torch']}, matrix products {record['matmul_flops'] / 1e12:.1f} TFLOP/s", flush=True)
-    record["rows"] = [row for size in sizes for row in compare(size, args.tokens, args.steps, args.repeats)]
-    for row in record["rows"]: row["share_of_matmul_rate"] = row["tokens_per_second"] * record["flops_per_token"] / record["matmul_flops"]
-    if CUDA: record["kernel_errors"] = kernel_errors()
-    if args.profile and CUDA: record["profile"] = {str(size): profile(size, args.tokens) for size in sizes}
-    if args.ladder and CUDA: record["ladder"] = ladder(sizes[0], args.tokens, args.steps)
-    if args.record:
-        args.record.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written: {args.record}")
+    def keep(**found) -> None:
+        "Numbers are on the disk as soon as they are known: the later parts may run out of time."
+        record.update(found)
+        if args.record: args.record.write_text(json.dumps(record, indent=1) + "\n")
+
+    for size in sizes:
+        rows = compare(size, args.tokens, args.steps, args.repeats)
+        for row in rows: row["share_of_matmul_rate"] = row["tokens_per_second"] * record["flops_per_token"] / record["matmul_flops"]
+        keep(rows=record.get("rows", []) + rows)
+    if CUDA: keep(kernel_errors=kernel_errors())
+    if args.profile and CUDA: keep(profile={str(size): profile(size, args.tokens) for size in sizes})
+    if args.ladder and CUDA:
+        for rows in ladder(sizes[0], args.tokens, args.steps): keep(ladder=rows)
+    if args.record: print(f"written: {args.record}")
 
 
 if __name__ == "__main__": main()

@@ -419,16 +419,20 @@ def _load(model: Path, tokenizer: Path | None, device: str) -> tuple:
 # %% ../nbs/19_command_line.ipynb #6cf07bcd
 def _table(numbers: dict) -> list[str]:
     "The numbers of `account` for people."
-    adamw, days = numbers["adamw"], numbers["train_seconds_50pct"] / 86_400
-    fixed, row = adamw["bytes_fixed"], adamw["bytes_per_sequence"]
+    adamw, seconds = numbers["adamw"], numbers["train_seconds_50pct"]
+    whole = adamw.get("with_third_matrix")
+    rows = lambda found: f"{found['bytes_per_sequence']:>22,}   bytes of activations for each row"
+    largest = lambda found: f"{found['max_batch_80gb']:>22,}   in 80 GB ({found['max_batch_80gib']} in 80 GiB)"
     return [f"parameters      {numbers['parameters']:>22,}   {numbers['parameter_bytes'] / 1e9:.2f} GB in float32",
             f"forward pass    {numbers['forward_flops']:>22,}   FLOPs",
             *(f"  {name:24s} {share:12.1%}" for name, share in numbers["forward_share"].items()),
-            f"training        {fixed:>22,}   bytes for parameters, gradients and AdamW's state, in float32",
-            f"                {row:>22,}   bytes of activations for each row",
-            f"largest batch   {adamw['max_batch_80gb']:>22,}   in 80 GB ({adamw['max_batch_80gib']} in 80 GiB)",
+            f"training        {adamw['bytes_fixed']:>22,}   bytes for parameters, gradients, AdamW's state, in float32",
+            f"                {rows(adamw)}",
+            f"largest batch   {largest(adamw)}",
+            *([f"  with W3 listed{rows(whole)}", f"  largest batch {largest(whole)}"] if whole else []),
             f"one AdamW step  {adamw['update_flops']:>22,}   FLOPs",
-            f"400,000 steps   {days:>22,.0f}   days at batch 1,024 and half the peak of the {numbers['edition']} card"]
+            f"400,000 steps   {seconds / 86_400:>22,.0f}   days ({seconds / 3600:,.0f} hours) at batch 1,024 and half the peak "
+            f"of the {numbers['edition']} card"]
 
 # %% ../nbs/19_command_line.ipynb #c86d3b86
 @command("account", "Parameters, FLOPs, memory and training time of a model, computed and not measured.",

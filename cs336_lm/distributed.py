@@ -107,17 +107,16 @@ def failure_line(world: World, error: BaseException) -> str:
 # %% ../nbs/10b_distributed.ipynb #34aca01b
 def _leave(world: World, error: BaseException, patience: float = 3.0) -> None:
     "End this process because of an error, so that torchrun sees it and ends the others."
-    if isinstance(error, SystemExit): _leave_at_once(error.code if isinstance(error.code, int) else 1,
-                                                     error.code if world.writes else None)
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-    print(failure_line(world, error), file=sys.stderr, flush=True)
+    if isinstance(error, SystemExit) and isinstance(error.code, int): _leave_at_once(error.code)  # it has said why
+    print(failure_line(world, error), file=sys.stderr)
+    sys.stderr.flush()
     if _is_consequence(error): time.sleep(patience)  # torchrun shall first see the rank that is the cause
     elif "TORCHELASTIC_ERROR_FILE" in os.environ: get_error_handler().record_exception(error)  # for its summary
     _leave_at_once(1)
 
-# %% ../nbs/10b_distributed.ipynb #60192ae7
-def _leave_at_once(status: int, message: object = None) -> None:
-    if isinstance(message, str): print(message, file=sys.stderr)
+
+def _leave_at_once(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # an interpreter that ends in the usual way waits for threads and for NCCL
@@ -293,6 +292,7 @@ def clip_gradients_over_ranks(parameters: Iterable[Tensor], max_norm: float, eps
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     if not any(map(_is_sharded, grads)): return clip_gradients(parameters, max_norm, eps)
+    if not max_norm >= 0: raise ValueError(f"max_norm must be at least 0, but is {max_norm}")
     shards = [own_rows(g) for g in grads]
     norm = sum_over_ranks(torch.stack(torch._foreach_norm([s.float() for s in shards])).square().sum()).sqrt()
     scale = torch.where((norm > max_norm) & norm.isfinite(), max_norm / (norm + eps), 1.0)

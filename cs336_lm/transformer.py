@@ -180,10 +180,11 @@ class TransformerLM(TiedOutput):
 GPT2_SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 20), "xl": (1600, 48, 25)}
 
 def gpt2_config(size: str, form: str) -> ModelConfig:
-    "Our model at GPT-2's `size` (small, medium, large, xl); `form`: 2025, 2026 (the handouts) or two-matrix (GPT-2's)."
+    "Our model at one of `GPT2_SIZES`; `form`: 2025 or 2026 (the handouts), two-matrix (GPT-2's) or two-matrix-untied."
     d_model, num_layers, num_heads = GPT2_SIZES[size]
     form_fields = {"2025": dict(d_ff=4 * d_model), "2026": dict(d_ff=swiglu_d_ff(d_model)),
-                   "two-matrix": dict(d_ff=4 * d_model, ffn="silu", tied_embeddings=True)}[form]
+                   "two-matrix": dict(d_ff=4 * d_model, ffn="silu", tied_embeddings=True),
+                   "two-matrix-untied": dict(d_ff=4 * d_model, ffn="silu")}[form]
     return ModelConfig(vocab_size=50_257, context_length=1_024, d_model=d_model, num_layers=num_layers,
                        num_heads=num_heads, **form_fields)
 
@@ -197,4 +198,5 @@ PRESETS: dict[str, ModelConfig] = {
                         d_ff=swiglu_d_ff(128)),
     **{f"gpt2-{size}-{form}": gpt2_config(size, form)
        for size in GPT2_SIZES for form in ("2025", "2026", "two-matrix")},
+    "gpt2-xl-two-matrix-untied": gpt2_config("xl", "two-matrix-untied"),
 }

@@ -131,7 +131,7 @@ XL = dict(V=50_257, T=1_024, d=1_600, L=48, H=25)
 
 @pytest.mark.parametrize("name, matrices, f, tied, listed, peak", [
     ("gpt2-xl-2025", 3, 6_400, False, 2, 19.5e12), ("gpt2-xl-2026", 3, 4_288, False, 4, 495e12),
-    ("gpt2-xl-two-matrix", 2, 6_400, True, 2, 19.5e12)])
+    ("gpt2-xl-two-matrix", 2, 6_400, True, 2, 19.5e12), ("gpt2-xl-two-matrix-untied", 2, 6_400, False, 2, 19.5e12)])
 def test_account_of_xl_written_out(name, matrices, f, tied, listed, peak):
     V, T, d, L, H = XL.values()
     found = account(name)

@@ -150,7 +150,8 @@ def test_presets():
     assert PRESETS["writeup-openwebtext"] == ModelConfig(32_000, 512, 512, 8, 16, 2_048, tied_embeddings=True)
     assert PRESETS["demo"].vocab_size == 1_024 and PRESETS["demo"].context_length == 160
     assert {f"gpt2-{s}-{f}" for s in ("small", "medium", "large", "xl") for f in ("2025", "2026", "two-matrix")} < set(PRESETS)
-    assert [PRESETS[f"gpt2-xl-{f}"].d_ff for f in ("2025", "2026", "two-matrix")] == [6_400, 4_288, 6_400]
+    assert [PRESETS[f"gpt2-xl-{f}"].d_ff for f in ("2025", "2026", "two-matrix", "two-matrix-untied")] == [6_400, 4_288, 6_400, 6_400]
+    assert PRESETS["gpt2-xl-two-matrix-untied"] == dataclasses.replace(PRESETS["gpt2-xl-two-matrix"], tied_embeddings=False)
     # The handouts' GPT-2 XL by hand: vocabulary twice, and in each of 48 blocks 4 + 3 matrices and 2 gains, and the last gain
     for form, d_ff in (("2025", 6_400), ("2026", 4_288)):
         count = sum(p.numel() for p in TransformerLM(PRESETS[f"gpt2-xl-{form}"], device="meta").parameters())

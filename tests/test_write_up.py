@@ -2,19 +2,23 @@
 
 Chapters are run here as plain code, cell by cell, so that a test can change a preset under them.
 """
-import ast, contextlib, importlib.util, io, json, re, warnings
-from dataclasses import replace
+import ast, contextlib, importlib.util, io, itertools, json, math, re, warnings
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("IPython")
 pytest.importorskip("sympy")
 
+from cs336_lm.transformer import PRESETS, ModelConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 CHAPTER = NBS / "18_write_up.ipynb"
-CLAIMS = json.loads((NBS / "18_claims.json").read_text(encoding="utf-8"))
+LISTED = json.loads((NBS / "18_claims.json").read_text(encoding="utf-8"))
+CLAIMS, TRIALS = ([claim for claim in LISTED if (claim["kind"] == "trial") == trial] for trial in (False, True))
 
 
 def cells(path: Path) -> list[dict]:
@@ -66,14 +70,16 @@ def table_rows(text: str) -> list[list[str]]:
 
 def test_each_claim_has_one_row_and_each_row_is_shown(book):
     space, printed = book
-    assert len(CLAIMS) > 100 and len({claim["id"] for claim in CLAIMS}) == len(CLAIMS)
+    assert len(CLAIMS) > 100 and len(TRIALS) == 17 and len({claim["id"] for claim in LISTED}) == len(LISTED)
     assert set(space["ROWS"]) == {claim["id"] for claim in CLAIMS}
+    assert {*space["TRIALS"], "5.9 loss"} == {claim["id"] for claim in TRIALS}
     assert {claim["id"].split()[0] for claim in CLAIMS} == {"1.1", "1.2", "2.1", "2.2", "2.3", "3.1", "4.1", "4.2"}
+    assert {claim["id"].split()[0] for claim in TRIALS} == {"5.2", "5.3", "5.5", "5.6", "5.7", "5.8", "5.9"}
     stored = "\n".join("".join(out.get("data", {}).get("text/markdown", [])) + "\n" for cell in cells(CHAPTER) for out in cell.get("outputs", []))
     for text in ("\n".join(printed.values()), stored):
         rows = table_rows(text)
-        assert [row[0] for row in rows] == [claim["claim"] for claim in CLAIMS]
-        assert all(re.match(r"agrees|\*\*differs\*\*|not measured here", row[3]) and (row[4].strip("`")) for row in rows)
+        assert [row[0] for row in rows] == [claim["claim"] for claim in LISTED]
+        assert all(re.match(r"agrees|\*\*differs\*\*|tie|not measured here", row[3]) and (row[4].strip("`")) for row in rows)
 
 
 def test_a_row_gives_the_write_ups_value_again_or_says_that_nothing_does(book, in_nbs):
@@ -126,9 +132,124 @@ def test_a_changed_claim_changes_its_verdict(book, in_nbs, index):
 
 
 def test_the_list_holds_facts_and_not_the_text():
-    for claim in CLAIMS:
+    for claim in LISTED:
         assert set(claim) == {"id", "claim", "value", "unit", "kind"} and claim["claim"].isascii() or "你好" in claim["claim"]
-        assert claim["kind"] in {"number", "order", "truth", "text", "formula", "measured"}
+        assert claim["kind"] in {"number", "order", "truth", "text", "formula", "measured", "trial"}
+
+
+# --- section 5: judges over recorded runs
+
+BASE_MODEL = asdict(ModelConfig())
+
+
+def grid_run(variant: str, rate: float, seed: int, loss: float = 3.0, *, bits: float = 1.0, tau: float = 0.2, rough: float = 0.05,
+             fall: float = 3.0, diverged: bool = False, batch: int = 64, **model) -> SimpleNamespace:
+    "A run of 400 logged steps: a warm-up of 20 that falls by `fall`, then an exponential of time constant `tau` with a saw of height `rough` on it."
+    def loss_at(i): return 10 - fall * (i - 1) / 19 if i <= 20 else 3 + 4 * math.exp(-i / 400 / tau) + (rough if i % 4 < 2 else -rough)
+    header = {"config": {"warmup_steps": 20, "log_every": 1, "batch_size": batch, "model": BASE_MODEL | model}, "corpus": {"name": "some-text"}}
+    log = SimpleNamespace(header=header, steps=[{"step": i, "tokens": 1000 * i, "loss": loss_at(i)} for i in range(1, 401)])
+    return SimpleNamespace(variant=variant, rate=rate, seed=seed, log=log, loss=math.inf if diverged else loss,
+                           bits_per_byte=math.inf if diverged else bits, diverged=diverged)
+
+
+def world(s: int, seeds: int = 3) -> list[SimpleNamespace]:
+    "Runs in which every claim of section 5 holds (s = 1), the opposite holds (-1), or only chance between the seeds is seen (0)."
+    runs, size, keys = [], 0.0005 if s else 0.02, itertools.count(1)
+
+    def add(variant, rate, loss=3.0, *, tau=0.2, rough=0.05, fall=3.0, bits=1.0, **rest):
+        key = next(keys)
+        for seed in range(seeds):
+            chance = size * key % 7 * (seed - 1) if seeds == 3 else 0.0     # of mean zero over three seeds
+            runs.append(grid_run(variant, rate, seed, loss + chance, tau=tau + chance / 20, rough=rough + chance / 20,
+                                 fall=fall + chance, bits=bits + chance, **rest))
+
+    rates, best = (1e-3, 3e-3, 1e-2), {1: 1e-2, -1: 1e-3, 0: 3e-3}[s]
+    for i, rate in enumerate(rates): add("base", rate, 3.0 if rate == best or not s else 3.2, fall=3 + 0.5 * s * i)
+    add("base", 3e-2, diverged=True)
+    for rate in (*rates, 3e-2):
+        add("no-rmsnorm", rate, 3 + 0.3 * s + (rate != 1e-3) * abs(s), diverged=rate > {1: 3e-3, -1: 3e-2, 0: 1e-2}[s])
+    add("no-rmsnorm-cosine800", 1e-3, 3.0)
+    for variant in ("post-norm", "silu"): add(variant, best, 3 + 0.3 * s, tau=0.2 + 0.06 * s)
+    add("nope", best, 3 + 0.3 * s, bits=1.1, position="none")
+    add("rope-context512-32k", 1e-3, context_length=512)
+    add("nope-context512-32k", 1e-3, bits=1.1 + 0.1 * s, context_length=512, position="none")
+    for doublings, batch in ((1, 128), (2, 256)):
+        add(f"batch{batch}", best, 3 + 0.3 * (s == -1), tau=0.2 + 0.03 * s * doublings, rough=0.05 - 0.01 * s * doublings, batch=batch)
+    for batch, finest in ((8, {1: 1e-3, -1: 1e-2, 0: 3e-3}[s]), (512, {1: 1e-2, -1: 1e-3, 0: 3e-3}[s])):
+        for rate in rates: add(f"batch{batch}", rate, 3.0 if rate == finest else 4.0, batch=batch)
+    return runs
+
+
+@pytest.mark.parametrize("s, word", [(1, "agrees"), (-1, "**differs**"), (0, "tie")])
+def test_judges_of_section_5_can_say_each_verdict(book, s, word):
+    space, logs = book[0], world(s)
+    verdicts = {name: space["tried"](name, logs) for name in space["TRIALS"]}
+    assert {name: verdict for name, (_, verdict) in verdicts.items()} == dict.fromkeys(verdicts, word), verdicts
+    assert all("3 seeds" in here for here, _ in verdicts.values())
+
+
+def test_two_seeds_and_no_record_give_no_verdict(book):
+    space = book[0]
+    for logs in (world(1, seeds=2), []):
+        assert {space["tried"](name, logs)[1] for name in space["TRIALS"]} == {"not measured here yet"}
+    assert {space["tried"](name, [])[0] for name in space["TRIALS"]} == {"no record"}
+
+
+@pytest.mark.parametrize("missing", ["base", "no-rmsnorm", "post-norm", "nope", "rope-context512-32k", "batch128", "batch8"])
+def test_a_missing_variant_leaves_only_its_claims_open(book, missing):
+    space = book[0]
+    logs = [run for run in world(1) if run.variant != missing]
+    open_claims = {name for name in space["TRIALS"] if space["tried"](name, logs)[1] == "not measured here yet"}
+    about = {"no-rmsnorm": {"5.5 rate", "5.5 cosine", "5.5 slow"}, "post-norm": {"5.6 faster", "5.6 lower"}, "nope": {"5.7 better", "5.7 web"},
+             "rope-context512-32k": {"5.7 web"}, "batch128": {"5.3 noise", "5.3 early", "5.3 passes", "5.3 alike"}, "batch8": {"5.3 rate"}, "base": set(space["TRIALS"]) - {"5.5 cosine"}}
+    assert open_claims == about[missing]
+
+
+def test_answers_to_experiments_fill_in_from_runs(book, monkeypatch, in_nbs):
+    space, ablations = book[0], ["layer_norm_ablation", "pre_norm_ablation", "no_pos_emb", "swiglu_ablation"]
+    others = ["learning_rate", "batch_size_experiment"]
+    for name in ("LOGS", "FULL"): monkeypatch.setitem(space, name, [])
+    assert space["SHORT"]["main_experiment"]() == ""
+    assert all(space["SHORT"][name]() == "" for name in ablations + others)
+    monkeypatch.setitem(space, "LOGS", world(1))
+    for name in ablations + others: assert not space["is_pending"](name) and "400,000 tokens of some-text" in space["short_answer"](name)
+    assert all("ends above the base: +0.300 nats a token" in space["short_answer"](name) for name in ablations)
+    assert "At the base's, 3 of 3 seeds diverge." in space["short_answer"]("layer_norm_ablation")
+    assert "Of 4 rates from 0.001 to 0.03, 0.01 ends lowest, at 3.000" in space["short_answer"]("learning_rate")
+    assert re.search("batch 8 ends.*batch 64 ends.*batch 256 ends", space["short_answer"]("batch_size_experiment"))
+    monkeypatch.setitem(space, "FULL", [grid_run("base", 3e-3, 0, 3.1, bits=1.2), grid_run("web32k", 3e-3, 0, 3.6, bits=1.1, vocab_size=32_000)])
+    assert re.search("32,000 entries end at 3.600.*1.100 bits.*10,000 entries end at 3.100.*1.200", space["short_answer"]("main_experiment"))
+    monkeypatch.setitem(space, "LOGS", world(0))
+    assert all("ties with the base" in space["short_answer"](name) for name in ablations)
+    monkeypatch.setitem(space, "LOGS", world(1, seeds=2))
+    assert all(space["SHORT"][name]() == "" for name in ablations)
+
+
+def test_recorded_files_are_judged(book, tmp_path):
+    space, wanted = book[0], ["5.8 faster", "5.8 lower"]
+    for run in world(-1):
+        if run.variant not in ("base", "silu") or run.rate != 1e-3: continue
+        rows = [{"kind": "header", "schema": 1, "name": "x", **run.log.header}, *({"kind": "step", **row} for row in run.log.steps),
+                {"kind": "eval", "step": 400, "tokens": 400_000, "seconds": 1.0, "split": "valid", "loss": run.loss, "bits_per_byte": 1.0},
+                {"kind": "end", "status": "finished", "reason": None}]
+        name = f"small-{run.variant}-lr1e-3-seed{run.seed}"
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({**row, **({"name": name} if "config" in row else {})}) + "\n" for row in rows))
+    logs = space["grid_logs"](tmp_path)
+    assert len(logs) == 6 and [space["tried"](name, logs)[1] for name in wanted] == ["**differs**"] * 2
+    assert space["tried"]("5.8 lower", logs)[0].startswith("-0.300 nats (") and space["tried"]("5.6 lower", logs)[1] == "not measured here yet"
+
+
+def test_the_web_models_loss_is_judged_on_its_own_text_alone(book, tmp_path, monkeypatch, in_nbs):
+    space = book[0]
+    monkeypatch.setitem(space, "RECORDS", tmp_path)
+    claim = next(claim for claim in TRIALS if claim["id"] == "5.9 loss")
+    assert space["web_loss"](claim) == ("no record", "not measured here yet")
+    for corpus, loss, verdict in (("web-488MB", 3.6, "not measured here"), ("owt", 3.73, "agrees"), ("owt", 3.9, "**differs**")):
+        header = {"kind": "header", "schema": 1, "name": "x", "config": {"model": asdict(PRESETS["writeup-openwebtext"])}, "corpus": {"name": corpus}}
+        rows = [header, {"kind": "eval", "step": 1, "tokens": 1, "seconds": 1.0, "split": "valid", "loss": loss}]
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        here, found = space["web_loss"](claim)
+        assert found == verdict and f"{loss:.2f} nats" in here
 
 
 # --- the answers follow the configuration
@@ -138,7 +259,6 @@ change_presets = pytest.mark.parametrize("change", CHANGES, ids=["d_ff", "num_la
 
 
 def apply(change, monkeypatch):
-    from cs336_lm.transformer import PRESETS
     for name in [name for name in PRESETS if name.startswith("gpt2-")]: monkeypatch.setitem(PRESETS, name, change(PRESETS[name]))
 
 
@@ -240,14 +360,15 @@ def test_the_check_for_typed_results_can_fail():
 
 # --- gathering
 
-def test_every_problem_is_answered_or_pending(book):
+def test_every_problem_is_answered_or_pending(book, in_nbs):
     space, printed = book
     text = "\n".join(printed.values())
     assert len(space["ASKED"]) == 18
     for problem in space["ASKED"]:
         row = next(line for line in text.split("\n") if line.startswith(f"| {problem} | "))
         if problem in space["ANSWERS"]: assert f"[derivation]({space['ANSWERS'][problem][0].name})" in row
-        else: assert "*Pending: no chapter answers this yet.*" in row and row.endswith("| pending |")
+        else: assert row.endswith("| pending |")
+        assert ("*Pending" in row) == space["is_pending"](problem)
     for edition in ("**2025:**", "**2026:**"): assert text.count(edition) >= 4
     assert "not measured here" in space["short_answer"]("leaderboard")
 
