@@ -11,7 +11,7 @@ __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 
            'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over', 'long_sentences', 'longest_run',
            'text_measures', 'counted_losses', 'is_story', 'story_measures', 'training_measures', 'draw_samples',
            'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'step_seconds',
-           'quickest_threads', 'train_demo', 'demo', 'experiment_log', 'experiment_row']
+           'quickest_threads', 'train_demo', 'demo', 'is_log', 'experiment_log', 'experiment_row']
 
 # %% ../nbs/13_experiments.ipynb #8525d401
 import json, math, re, shutil, statistics, textwrap, time
@@ -678,9 +678,15 @@ def demo(corpus: str | Path = "stories", directory: str | Path | None = None, *,
     return log
 
 # %% ../nbs/13_experiments.ipynb #1848a24d
+def is_log(path: str | Path) -> bool:
+    "Whether a file begins as a run's log does; other measurements are kept as JSON lines too."
+    with open(path, encoding="utf-8") as file: return file.readline().startswith('{"kind": "header"')
+
+
 def experiment_log(records: str | Path = "figures/runs") -> str:
     "A Markdown table of all recorded runs, oldest first: what, when, on what, how far, how good, and how it ended."
-    logs = sorted(map(read_log, Path(records).glob("*.jsonl")), key=lambda log: (log.header["started"], log.name))
+    files = [path for path in Path(records).glob("*.jsonl") if is_log(path)]
+    logs = sorted(map(read_log, files), key=lambda log: (log.header["started"], log.name))
     columns = ("run", "started (UTC)", "commit", "device", "corpus", "parameters", "steps", "tokens", "seconds",
                "validation loss", "bits a byte", "status")
     rows = [columns, ["---"] * len(columns), *map(experiment_row, logs)]

@@ -46,7 +46,7 @@ from .training import (TokenRows, TrainConfig, TrainParts, autocast, learning_ra
 from .transformer import PRESETS, ModelConfig, TransformerLM
 
 # %% ../nbs/14_learning_rate.ipynb #be214448
-BUDGETS: dict[str, dict] = {"small": dict(batch_size=64, steps=2_500, warmup_steps=100, eval_every=500),
+BUDGETS: dict[str, dict] = {"small": dict(batch_size=64, steps=2_500, warmup_steps=100, eval_every=1_250),
                             "full": dict(batch_size=256, steps=5_000, warmup_steps=200, eval_every=500)}
 _EVERY_RUN = dict(log_every=10, checkpoint_every=0, keep_checkpoints=1, eval_batch_size=256)
 
@@ -182,9 +182,9 @@ GRIDS: dict[str, Grid] = {
     "ablations": Grid("each ablation by five rates", ABLATED, ABLATION_RATES),
     "cosine800": Grid("no RMSNorm with the original write-up's early end of the cosine", ("no-rmsnorm-cosine800",),
                       ABLATION_RATES),
-    "batch_size": Grid("batches of 8 to 1,024 rows, three rates each",
+    "batch_size": Grid("batches of 8 to 1,024 rows, three rates each, three seeds at the best",
                        ("batch512", "batch128", "batch256", "batch32", "batch1024", "batch8"), (1e-3, 3e-3, 1e-2),
-                       (0,), 0),
+                       (0,), 1, (1, 2)),
     "batch_of_one": Grid("a row a step", ("batch1",), (3e-4, 1e-3), (0,), 0),
     "free_choices": Grid("one change each around the best cell", tuple(v for v in VARIANTS if re.match(
         "vocab|context|warmup|beta2|decay", v)), (3e-3,), (0, 1, 2), 0),
@@ -903,17 +903,18 @@ def rate_colours(rates: Iterable[float]) -> dict[float, tuple]:
     return {rate: matplotlib.colormaps["viridis"](shade) for rate, shade in zip(rates, shades)}
 
 # %% ../nbs/14_learning_rate.ipynb #b76e3a83
-def draw_rates(ax, logs: Sequence[GridLog], variant: str, colour: str = PALETTE[0], label: str | None = None) -> None:
-    "Final loss against rate: a dot a seed, a line through the means, crosses at the top where a seed diverged."
+def draw_rates(ax, logs: Sequence[GridLog], variant: str, colour: str = PALETTE[0], label: str | None = None,
+               line: str = "-", height: float = 0.98) -> None:
+    "Final loss against rate: a dot a seed, a line through the means, crosses at `height` where a seed diverged."
     table = losses_by_rate(logs, variant)
     finished = {rate: [x for x in seeds.values() if math.isfinite(x)] for rate, seeds in table.items()}
     for rate, values in finished.items(): ax.plot([rate] * len(values), values, "o", color=colour, ms=4, alpha=0.7)
     whole = [rate for rate in table if len(finished[rate]) == len(table[rate])]
     means = [statistics.mean(finished[rate]) for rate in whole]
-    ax.plot(whole, means, "-", color=colour, lw=1.2, label=label or variant)
+    ax.plot(whole, means, line, color=colour, lw=1.2, label=label or variant)
     broken = [rate for rate in table if rate not in whole]
-    if broken: ax.plot(broken, [0.98] * len(broken), "x", color=colour, ms=8, mew=2, transform=ax.get_xaxis_transform(),
-                       clip_on=False, label="diverged")
+    if broken: ax.plot(broken, [height] * len(broken), "x", color=colour, ms=8, mew=2, transform=ax.get_xaxis_transform(),
+                       clip_on=False, label=f"{label or variant}: a seed diverged")
     ax.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss (nats a token)")
 
 # %% ../nbs/14_learning_rate.ipynb #ff07f6e4
@@ -981,25 +982,38 @@ def _curve_label(logs: Sequence[GridLog]) -> str:
 # %% ../nbs/14_learning_rate.ipynb #f98270ad
 @styled
 def plot_ablation(logs: Sequence[RunLog]) -> Figure:
-    "Variants against the base model: each at its own best rate, and all at the base model's best."
+    "Variants against the base model: each at its own best rate, all at the base model's best if that differs, all rates."
     grid = as_grid(logs)
     variants = sorted({g.variant for g in grid}, key=list(VARIANTS).index)
     best = {v: best_rate(grid, v) for v in variants}
-    figure = Figure(figsize=(11, 4.6))
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, rates, title in ((axes[0], best, "each at its own best rate"),
-                             (axes[1], dict.fromkeys(variants, best["base"]), "all at the base model's best rate")):
-        for i, variant in enumerate(variants):
-            chosen = [g for g in grid if g.variant == variant and g.rate == rates[variant]]
-            if chosen: draw_band(ax, chosen, PALETTE[i], _curve_label(chosen), LINE_STYLES[i])
-        ax.set(title=title, xlabel="training tokens")
-        ax.xaxis.set_major_formatter(EngFormatter())
-        ax.legend(title="validation loss at the end", fontsize=8, title_fontsize=8)
+    same = len(set(best.values())) == 1
+    panels = [(best, "each at its own best rate" + ", which is the same" * same)]
+    if not same:
+        panels.append((dict.fromkeys(variants, best["base"]), "all at the base model's best rate"))
+    figure = Figure(figsize=(5 * len(panels) + 5, 4.6))
+    axes = figure.subplots(1, len(panels) + 1)
     low = min(g.loss for g in grid)
-    axes[0].set(ylabel="training loss (nats a token), running mean", ylim=(low - 0.15, low + 1.6))
+    for ax, (rates, title) in zip(axes, panels): _ablation_curves(ax, grid, rates, title, low)
+    for i, v in enumerate(variants): draw_rates(axes[-1], grid, v, PALETTE[i], v, LINE_STYLES[i], 0.98 - 0.05 * i)
+    rates = sorted({g.rate for g in grid})
+    axes[-1].set(title="all rates", ylabel="validation loss at the end", ylim=(low - 0.1, low + 1.8), xticks=rates,
+                 xticklabels=map(rate_text, rates))
+    axes[-1].xaxis.set_minor_locator(NullLocator())
+    axes[-1].legend(fontsize=8)
     figure.suptitle("; ".join(f"{v}: {VARIANTS[v].about}" for v in variants[1:]), fontsize=11)
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
     return figure
+
+
+def _ablation_curves(ax, grid: Sequence[GridLog], rates: Mapping[str, float], title: str, low: float) -> None:
+    "Training curves of the variants at their `rates`."
+    for i, (variant, rate) in enumerate(rates.items()):
+        chosen = [g for g in grid if g.variant == variant and g.rate == rate]
+        if chosen: draw_band(ax, chosen, PALETTE[i], _curve_label(chosen), LINE_STYLES[i])
+    ax.set(title=title, xlabel="training tokens", ylabel="training loss (nats a token), running mean",
+           ylim=(low - 0.1, low + 1.6))
+    ax.xaxis.set_major_formatter(EngFormatter())
+    ax.legend(title="validation loss at the end", fontsize=8, title_fontsize=8)
 
 # %% ../nbs/14_learning_rate.ipynb #f751f68f
 @styled

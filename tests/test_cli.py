@@ -65,7 +65,7 @@ def test_help_at_every_level(line, capsys):
 
 
 def test_every_promised_command_is_there():
-    promised = {"data", "bpe", "encode", "train", "generate", "account", "figures", "demo", "reproduce"}
+    promised = {"data", "bpe", "encode", "train", "generate", "account", "figures", "demo", "reproduce", "experiment"}
     assert promised == {name.split()[0] for name in COMMANDS}
 
 

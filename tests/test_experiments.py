@@ -433,3 +433,11 @@ def test_experiment_log_lists_every_record(tmp_path):
         and "finished" in table[2]
     )
     assert "later" in table[3] and "diverged: loss nan at step 3" in table[3]
+
+
+def test_the_experiment_log_passes_by_what_is_no_run(tmp_path, log):
+    records = tmp_path / "records"
+    records.mkdir()
+    (records / "toy.jsonl").write_bytes(log.path.read_bytes())
+    (records / "speeds.jsonl").write_text('{"batch": 64, "tokens_per_second": 1.0}\n')
+    assert len(ex.experiment_log(records).splitlines()) == 3
