@@ -484,7 +484,9 @@ def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> No
     """
     from cs336_lm.experiments import draw_figures, pending_figures
     from cs336_lm.grids import GRIDS  # noqa: F401: it adds its figures
-    for path in draw_figures(directory, only=only or None): print(path)
+    drawn = draw_figures(directory, only=only or None)
+    if not drawn: raise FileNotFoundError(f"no record of a run in {directory / 'runs'}; name the repository's figures folder: --directory")
+    for path in drawn: print(path)
     for name, runs in pending_figures(directory / "runs").items() if not only else ():
         print(f"{name}: pending, {len(runs)} runs have no record ({runs[0]}{', ...' * (len(runs) > 1)})")
 
