@@ -19,11 +19,11 @@ from .pretokenization import (MIN_COMPILED_BYTES, Words, check_special_tokens, c
                                       count_pretokens, count_words, say_if_slow)
 
 # %% auto #0
-__all__ = ['Word', 'Pair', 'WALL', 'HOLE', 'AHEAD', 'MIN_COMPILED_WORD_BYTES', 'count_pairs', 'best_pair', 'merge_pair',
-           'train_bpe_naive', 'PairTable', 'merge_in_table', 'descending_key', 'lay_out', 'weight_at', 'pair_key',
-           'pair_row', 'new_pair', 'guess_watermark', 'count_slots', 'keep_frequent', 'fill_table', 'place_pairs',
-           'token_order', 'is_above', 'sink', 'rise', 'build_heap', 'best_to_top', 'drop_top', 'neighbours',
-           'merge_places', 'bear', 'fill_places', 'take_losses', 'add_token', 'has_room', 'learn',
+__all__ = ['Word', 'Pair', 'WALL', 'HOLE', 'AHEAD', 'FIRST_PAIRS', 'MIN_COMPILED_WORD_BYTES', 'count_pairs', 'best_pair',
+           'merge_pair', 'train_bpe_naive', 'PairTable', 'merge_in_table', 'descending_key', 'lay_out', 'weight_at',
+           'pair_key', 'pair_row', 'new_pair', 'guess_watermark', 'count_slots', 'keep_frequent', 'fill_table',
+           'place_pairs', 'token_order', 'is_above', 'sink', 'rise', 'build_heap', 'best_to_top', 'drop_top',
+           'neighbours', 'merge_places', 'bear', 'fill_places', 'take_losses', 'add_token', 'has_room', 'learn',
            'learn_merges_compiled', 'pack_words', 'merges_ready', 'train_bpe_from_counts', 'train_bpe']
 
 # %% ../nbs/04_bpe.ipynb #af58577b
@@ -493,10 +493,13 @@ class _Index:
                      self.merges, stop, self.watermark)
 
 # %% ../nbs/04_bpe.ipynb #6f1ec30a
+FIRST_PAIRS = 1 << 16  # room for as many pairs as there are of bytes
+
+
 def _rebuild(index: _Index, watermark: int) -> None:
     "Index the pairs that occur at least `watermark` times in the slots as they are now."
     self, used, index.watermark = index, index.used, watermark
-    self.table, self.pairs, self.tallies = (np.zeros((1 << n, k), np.int64) for n, k in ((17, 2), (16, 2), (16, 3)))
+    self.table, self.pairs, self.tallies = (np.zeros((n * FIRST_PAIRS, k), np.int64) for n, k in ((2, 2), (1, 2), (1, 3)))
     used[0], begin = 0, 1
     while begin < len(self.slots):
         begin = count_slots(self.slots, begin, self.counts, self.ends, self.table, self.pairs, self.tallies, used)
@@ -539,7 +542,7 @@ def learn_merges_compiled(words: Words, num_merges: int, progress: bool = False,
             bar.update(int(index.used[3]) - bar.n)
     texts, ends = index.texts.tobytes(), index.ends.tolist()
     tokens = [texts[a:b] for a, b in zip(ends, ends[1:])]
-    return [(tokens[a], tokens[b]) for a, b in index.merges[:index.used[3]].tolist()]
+    return [(tokens[a], tokens[b]) for a, b in zip(*index.merges[:index.used[3]].T.tolist())]
 
 # %% ../nbs/04_bpe.ipynb #543e24ac
 def pack_words(counts: Mapping[bytes, int]) -> Words:
