@@ -367,7 +367,7 @@ def best_to_top(heap, used, tallies, watermark, shelves, links, pairs, heads, te
         if used[2] == 0: continue  # all that lay on the shelf was out of date
         q, count = heap[0, 1], tallies[heap[0, 1], 0]
         if heap[0, 0] == count: return q
-        if count >= used[5]:
+        if count >= max(used[5], watermark):
             heap[0, 0] = count
             sink(heap, used[2], 0, pairs, heads, texts, ends)
         else:

@@ -416,7 +416,7 @@ def test_arrays_grow(monkeypatch):
     monkeypatch.setattr(bpe, "_make_room", lambda index, *more: (grown.append(more[1] > 0), original(index, *more)))
     monkeypatch.setattr(bpe, "FIRST_PAIRS", 64)
     expected = quick(counts, 6_000)
-    for watermark in (1, 7, 10**9): assert learn_merges_compiled(pack_words(counts), 6_000, watermark=watermark) == expected
+    for watermark in (1, 7, 100_000, 10**9): assert learn_merges_compiled(pack_words(counts), 6_000, watermark=watermark) == expected
     assert {False, True} == set(grown), "room for counting all pairs, and for what merges add"
 
 
