@@ -531,7 +531,8 @@ FIRST_PAIRS = 1 << 16  # room for as many pairs as there are of bytes
 def _rebuild(index: _Index, watermark: int) -> None:
     "Index the pairs that occur at least `watermark` times in the slots as they are now."
     self, used, index.watermark = index, index.used, watermark
-    self.table, self.pairs, self.tallies = (np.zeros((n * FIRST_PAIRS, k), np.int64) for n, k in ((2, 2), (1, 2), (1, 3)))
+    self.table, self.pairs, self.tallies = (np.zeros((n * FIRST_PAIRS, k), np.int64)
+                                            for n, k in ((2, 2), (1, 2), (1, 3)))
     used[0], begin = 0, 1
     while begin < len(self.slots):
         begin = count_slots(self.slots, begin, self.counts, self.ends, self.table, self.pairs, self.tallies, used)

@@ -764,11 +764,13 @@ class WordTable:
 
     def rows(self) -> tuple[np.ndarray, ...]:
         "What is in use, without the free rows: short words, long words, their store, how many of each."
-        return self.short[self.short[:, 1] != 0], self.long[self.long[:, 2] != 0], self.store[:self.used[2] + 2], self.used
+        short, long = self.short[self.short[:, 1] != 0], self.long[self.long[:, 2] != 0]
+        return short, long, self.store[:self.used[2] + 2], self.used
 
     def absorb(self, short, long, store, used) -> None:
         "Add the counts of another table's arrays or rows."
-        if any(2 * (self.used + used) >= (len(self.short), len(self.long), 2 * len(self.store) - 4)): self.make_room(*used)
+        room = len(self.short) // 2, len(self.long) // 2, len(self.store) - 2
+        if any(self.used + used >= room): self.make_room(*used)
         pour(short, long, store, self.short, self.long, self.store, self.used)
 
 # %% ../nbs/03_pretokenization.ipynb #c94ad033
@@ -968,14 +970,16 @@ def _count_part(path, special_tokens: tuple[str, ...], num_threads: int, chunk_b
 SHARD_BYTES, MAX_PENDING = 1 << 26, 64
 
 
-def safe_shards(path: str | os.PathLike, special_tokens: tuple[str, ...], shard_bytes: int) -> Iterator[tuple[int, int]]:
+def safe_shards(path: str | os.PathLike, special_tokens: tuple[str, ...],
+                shard_bytes: int) -> Iterator[tuple[int, int]]:
     "Ranges of the file, about `shard_bytes` each, that begin and end at safe cuts."
     size, begin, tables = os.path.getsize(path), 0, scan_tables(special_tokens)
     longest = max([len(token.encode()) for token in special_tokens], default=0) + 4
     with open(path, "rb", buffering=0) as file:
         while begin < size:
             cut, at, want = 0, begin + shard_bytes, 2 * longest + 256
-            while cut <= longest and at + want < size and want < LARGEST_CHUNK:  # a cut so near the window's start might lie in a special token
+            # A cut too near the window's start might lie in a special token.
+            while cut <= longest and at + want < size and want < LARGEST_CHUNK:
                 file.seek(at)
                 window = np.frombuffer(bytearray(file.read(want)), np.uint8)
                 cut, want = last_safe_cut(window, len(window), tables), 2 * want
@@ -1053,7 +1057,8 @@ def _try_once() -> bool:
 
 # %% ../nbs/03_pretokenization.ipynb #44264119
 def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
-                    progress: bool = False, chunk_bytes: int = 1 << 19, executor: Executor | None = None) -> Counter[bytes]:
+                    progress: bool = False, chunk_bytes: int = 1 << 19,
+                    executor: Executor | None = None) -> Counter[bytes]:
     """How often each pre-token (as UTF-8 bytes) occurs in a text file; special tokens separate and are not counted.
 
     From `MIN_COMPILED_BYTES` on by compiled code (numba; the first call ever compiles for some seconds), in
