@@ -1,8 +1,12 @@
 "The compiled versions inside chapters 03 and 04 against the clear ones: Unicode, threads, chunk sizes, faults."
+import importlib.util
 import itertools
+import multiprocessing
+import platform
 import subprocess
 import sys
 import warnings
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -16,6 +20,7 @@ from cs336_lm.pretokenization import count_pretokens, count_pretokens_clear, cou
 
 settings.register_profile("book", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("book")
+SPECIAL = "<|endoftext|>"
 
 DENSE = st.text(st.sampled_from("aslvert'1½ \n\t\u0085\u3000!|<>é日。😀\u0301"), max_size=60)
 TEXT = st.one_of(DENSE, st.text(max_size=60), st.text(st.characters(max_codepoint=0x2FF), max_size=60))
@@ -36,11 +41,27 @@ def always_compiled(monkeypatch):
         monkeypatch.setattr(module, name, 0)
 
 
+@pytest.fixture(scope="module")
+def twins():
+    """The chapter's module a second time, with the plain twins in the place of the vector code, all bounds checked.
+
+    Not cached on disk: there the two would take each other's place."""
+    import numba
+    spec = importlib.util.spec_from_file_location("twins_of_pretokenization", pre.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.vector_code = lambda: {}["no vector code here"]
+    module._compile = numba.njit(nogil=True, boundscheck=True)
+    assert module.load_compiled()
+    return module
+
+
 def scan(text: str, specials=(), find_pieces=None) -> list[tuple[str, bool]]:
-    data = text.encode()
-    padded, starts = np.frombuffer(data + b"'ll", np.uint8), np.full(len(data) + 3, -7, np.int64)
+    "The pieces in a buffer of the least size, with letters of a contraction after the text's end."
+    data, find_pieces = text.encode(), find_pieces or pre.find_starts
+    padded, starts = np.frombuffer(data + b"'ll\xe3" * 16, np.uint8), np.full(len(data) + 65, -7, np.int32)
     tables = pre.scan_tables(tuple(specials))
-    count = (find_pieces or pre.find_pieces)(padded, len(data), tables, starts)
+    count = find_pieces(padded, len(data), tables, starts[:-1])
     assert count >= 0 and starts[-1] == -7, "written past the room that was asked for"
     places = [s if s >= 0 else ~s for s in starts[:count + 1].tolist()]
     return [(data[a:b].decode(), starts[k] < 0) for k, (a, b) in enumerate(itertools.pairwise(places))]
@@ -53,30 +74,74 @@ def clear_scan(text: str, specials=()) -> list[tuple[str, bool]]:
 
 @given(TEXT | WORDY, SPECIALS)
 @settings(max_examples=400)
-def test_pieces_are_those_of_the_pattern(text, specials): assert scan(text, specials) == clear_scan(text, specials)
+def test_pieces_are_those_of_the_pattern(text, specials):
+    assert scan(text, specials) == clear_scan(text, specials)
+    assert scan(text, specials, pre.find_pieces) == clear_scan(text, specials)
 
 
-@given(TEXT, SPECIALS)
-@settings(max_examples=150)
-def test_plain_python_twin(text, specials):
-    assert scan(text, specials, pre.find_pieces.py_func) == clear_scan(text, specials)
+# Long enough for several blocks; each part comes to lie across a block's end.
+LONG = st.lists(st.sampled_from(["a", "an", "'ll", "'s", "'", " ", "  ", "\n", "1", "!", "é", "日", "😀", "\u0085", "\u3000", "<e>", "|"]) |
+                st.text(max_size=2), min_size=40, max_size=200).map("".join)
+
+
+@given(LONG, SPECIALS | st.just(["<e>", "s<e>"]), st.integers(0, 64))
+@settings(max_examples=400)
+def test_pieces_across_blocks(text, specials, before):
+    text = "x" * before + text
+    assert scan(text, specials) == clear_scan(text, specials)
+
+
+@given(TEXT | LONG, SPECIALS)
+@settings(max_examples=200)
+def test_twins_of_the_vector_code(twins, text, specials):
+    assert scan(text, specials, twins.find_starts) == clear_scan(text, specials)
+
+
+@given(TEXT | LONG, SPECIALS)
+@settings(max_examples=60)
+def test_twins_in_plain_python(twins, text, specials):
+    with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore"):
+        for name, function in list(vars(twins).items()):
+            if hasattr(function, "py_func"): patch.setattr(twins, name, function.py_func)
+        assert scan(text, specials, twins.find_starts) == scan(text, specials, twins.find_pieces) == clear_scan(text, specials)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the plain twin may serve elsewhere")
+def test_vector_code_is_in_use():
+    assert all(getattr(pre, name) is code for name, code in pre.vector_code().items())
+
+
+def test_vector_code_that_fails_or_lies_gives_way_to_its_twin(twins, monkeypatch):
+    wrong = twins._compile(lambda text, i: (np.uint64(0),) * 6)
+    for code in (lambda: {}["none"], lambda: {"block_masks": wrong}, lambda: {"lowest_bit": lambda: 0}):
+        monkeypatch.setattr(twins, "vector_code", code)
+        twins._choose_twins()
+        assert all(getattr(twins, name).py_func is twin for name, twin in twins.TWINS.items())
+
+
+def test_a_scanner_without_room_says_so(twins):
+    text, tables, starts = np.zeros(100, np.uint8), pre.scan_tables(()), np.zeros(100, np.int32)
+    for find_starts in (pre.find_starts, twins.find_starts):
+        assert find_starts(text, 36, tables, starts) == 1
+        for short in ((text, 37, tables, np.zeros(200, np.int32)), (text, 36, tables, starts[:99])):
+            with pytest.raises(ValueError, match="no room"): find_starts(*short)
 
 
 @pytest.mark.parametrize("around", ["a{}1", "\n{} {}'s"])
 def test_every_code_point(around):
     text = "".join(around.replace("{}", chr(c)) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
-    same = [piece for piece, _ in scan(text)] == list(pretokenize(text))
+    expected = list(pretokenize(text))
+    same = [piece for piece, _ in scan(text)] == expected == [piece for piece, _ in scan(text, (), pre.find_pieces)]
     assert same  # not in one line: pytest would print millions of pieces
 
 
-@given(st.binary(max_size=12) | st.lists(st.sampled_from([b"\xe3", b"\x81", b"\xf4", b"\x90", b"a", b"\xed\xa0", "😀".encode()])).map(b"".join))
+@given(st.binary(max_size=12) | st.lists(st.sampled_from([b"\xe3", b"y" * 61, b"\x81", b"\xf4", b"\x90", b"a", b"\xed\xa0", "😀".encode()])).map(b"".join))
 @settings(max_examples=400)
 def test_not_utf8_is_found_where_python_finds_it(data):
-    starts = np.zeros(len(data) + 2, np.int64)
-    found = pre.find_pieces(np.frombuffer(data + bytes(8), np.uint8), len(data), pre.scan_tables(("\x81",)), starts)
-    try: data.decode()
-    except UnicodeDecodeError as error: assert ~found == error.start
-    else: assert found >= 0
+    starts, padded, tables = np.zeros(len(data) + 64, np.int32), np.frombuffer(data + b"\x81" * 64, np.uint8), pre.scan_tables(("\x81",))
+    try: fault = len(data.decode()) * 0
+    except UnicodeDecodeError as error: fault = ~error.start
+    for find in (pre.find_starts, pre.find_pieces): assert min(0, find(padded, len(data), tables, starts)) == fault
 
 
 @given(TEXT | WORDY, SPECIALS, st.integers(1, 3), st.integers(1, 40) | st.just(1 << 20))
@@ -86,6 +151,94 @@ def test_counts_in_files(tmp_path, text, specials, threads, chunk_bytes):
     path.write_bytes(text.encode())
     words = count_words(path, specials, num_threads=threads, chunk_bytes=chunk_bytes)
     assert list(words.counter().items()) == list(count_pretokens_clear(path, specials).items())
+    assert count_words(path, specials, num_threads=threads, in_order=False).counter() == words.counter()
+
+
+@given(TEXT | WORDY | LONG, SPECIALS, st.integers(1, 60))
+@settings(max_examples=100)
+def test_twins_count_alike(tmp_path, twins, text, specials, chunk_bytes):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    words = twins.count_words(path, specials, num_threads=2, chunk_bytes=chunk_bytes)
+    assert list(words.counter().items()) == list(count_pretokens_clear(path, specials).items())
+
+
+# -- executors
+
+@given(TEXT | WORDY | LONG, SPECIALS, st.integers(1, 60))
+@settings(max_examples=150)
+def test_shards_of_an_executor(tmp_path, text, specials, shard_bytes):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    with ThreadPoolExecutor(2) as executor: words = count_words(path, specials, executor=executor, shard_bytes=shard_bytes)
+    assert list(words.counter().items()) == list(count_pretokens_clear(path, specials).items())
+
+
+def test_shards_are_as_many_as_wanted(tmp_path):
+    path = tmp_path / "text.txt"
+    for text in ("many words, no token at all. " * 3000, "<|endoftext|>" * 5000, "一二三，四五六。" * 5000, "word\n" * 9000):
+        path.write_text(text, encoding="utf-8")
+        shards = list(pre.safe_shards(path, ("<|endoftext|>",), 4096))
+        assert [0, *(end for _, end in shards)] == [*(begin for begin, _ in shards), path.stat().st_size]
+        assert max(end - begin for begin, end in shards) < 2 * 4096
+    path.write_text("a" * 20_000)
+    assert list(pre.safe_shards(path, (), 512)) == [(0, 20_000)]
+
+
+@pytest.fixture(scope="module")
+def some_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shards") / "text.txt"
+    path.write_text("".join(f"{n % 977} words, isn't{n}<|endoftext|>\n" for n in range(20_000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool: yield pool
+
+
+@pytest.fixture(scope="module")
+def dask():
+    distributed = pytest.importorskip("distributed", reason="Dask's distributed is not installed (extra: dask)")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client: yield client.get_executor()
+
+
+@pytest.mark.parametrize("name", ["processes", "dask"])
+def test_any_executor_gives_the_same_merges(name, request, some_text, always_compiled, monkeypatch):
+    executor = request.getfixturevalue(name)
+    monkeypatch.setitem(pre.count_words.__kwdefaults__, "shard_bytes", 100_000)
+    assert train_bpe(some_text, 800, [SPECIAL], executor=executor) == train_bpe(some_text, 800, [SPECIAL])
+    assert list(count_pretokens(some_text, [SPECIAL], executor=executor).items()) == \
+        list(count_pretokens_clear(some_text, [SPECIAL]).items())
+
+
+def test_an_executor_tells_faults(tmp_path, processes, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"good words " * 10_000 + b"\xff" + b" more words" * 10_000 + b"\xfe")
+    with pytest.raises(ValueError, match="text.txt is not UTF-8: .* at byte 110,000;"):
+        count_words(path, [], executor=processes, shard_bytes=50_000)
+    path.write_text("some words " * 10_000)
+    pending, original = [], pre.safe_shards
+    def shrinking(*args):
+        for shard in original(*args):
+            with open(path, "r+b") as file: file.truncate(80_000)
+            yield shard
+    monkeypatch.setattr(pre, "safe_shards", shrinking)
+    with pytest.raises(OSError, match="changed from 110,000 to 80,000 bytes"):
+        count_words(path, [], executor=processes, shard_bytes=30_000)
+
+
+def test_an_interrupt_cancels_what_an_executor_has_not_begun(some_text):
+    class Never(Executor):
+        def __init__(self): self.futures = []
+        def submit(self, *args):
+            self.futures.append(Future())
+            if len(self.futures) == 3: raise KeyboardInterrupt
+            return self.futures[-1]
+    executor = Never()
+    with pytest.raises(KeyboardInterrupt): count_words(some_text, [], executor=executor, shard_bytes=10_000)
+    assert [future.cancelled() for future in executor.futures] == [True, True, False]
 
 
 def test_tables_grow(tmp_path):
@@ -100,6 +253,15 @@ def test_a_word_larger_than_a_chunk(tmp_path):
     path.write_text("start " + "日" * 400_000 + "<e>" + "b" * 900_000 + " end")
     words = count_words(path, ["<e>"], num_threads=2, chunk_bytes=1000).counter()
     assert words == {b"start": 1, (" " + "日" * 400_000).encode(): 1, b"b" * 900_000: 1, b" end": 1}
+
+
+def test_a_text_that_cannot_be_cut_is_refused_in_time(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("good words " + "a" * 100_000)
+    monkeypatch.setattr(pre, "LARGEST_CHUNK", 50_000)
+    with pytest.raises(ValueError, match="text.txt has no place where it may be cut in 50,000 bytes from byte 10 on"):
+        count_words(path, [], chunk_bytes=1000)
+    assert list(pre.safe_shards(path, (), 20_000)) == [(0, path.stat().st_size)]
 
 
 def test_chunks_stay_small(tmp_path):
@@ -243,12 +405,13 @@ def quick(counts, num_merges):
     return bpe._learn_merges(PairTable({word: n for word, n in counts.items() if n > 0}), num_merges, False)
 
 
-@given(COUNTS, st.integers(0, 80))
-@settings(max_examples=400)
-def test_merges_are_those_of_the_clear_version(counts, num_merges):
+@given(COUNTS, st.integers(0, 80), st.none() | st.integers(1, 20) | st.integers(1, 2**53))
+@settings(max_examples=600)
+def test_merges_are_those_of_the_clear_version(counts, num_merges, watermark):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert learn_merges_compiled(pack_words(counts), num_merges) == train_bpe_naive(counts, 256 + num_merges)[1]
+        merges = learn_merges_compiled(pack_words(counts), num_merges, watermark=watermark)
+        assert merges == train_bpe_naive(counts, 256 + num_merges)[1]
 
 
 def made_up_words(how_many: int) -> dict[bytes, int]:
@@ -259,9 +422,11 @@ def made_up_words(how_many: int) -> dict[bytes, int]:
 
 def test_arrays_grow(monkeypatch):
     counts, grown, original = made_up_words(15_000), [], bpe._make_room
-    monkeypatch.setattr(bpe, "_make_room", lambda arrays, used: (grown.append(1), original(arrays, used)))
-    assert learn_merges_compiled(pack_words(counts), 6_000) == quick(counts, 6_000)
-    assert grown
+    monkeypatch.setattr(bpe, "_make_room", lambda index, *more: (grown.append(more[1] > 0), original(index, *more)))
+    monkeypatch.setattr(bpe, "FIRST_PAIRS", 64)
+    expected = quick(counts, 6_000)
+    for watermark in (1, 7, 100_000, 10**9): assert learn_merges_compiled(pack_words(counts), 6_000, watermark=watermark) == expected
+    assert {False, True} == set(grown), "room for counting all pairs, and for what merges add"
 
 
 def test_long_words_and_long_entries():
