@@ -430,6 +430,9 @@ class Tokenizer(ByteLevelBPE):
         mostly_gaps = self.vocab_size > 16 * len(self.vocab) + (1 << 20)
         return None if mostly_gaps else token_table(self.vocab)
 
+    def __reduce__(self):
+        return _remake, (type(self), self.vocab, self.merges, self.special_tokens, self.trained_on)
+
     def _large(self, piece: str) -> bool:
         return len(piece) >= LARGE_PIECE and pays(len(piece)) and self.fast is not None
 
@@ -478,6 +481,11 @@ class Tokenizer(ByteLevelBPE):
         Raises `ValueError` where it could not give the same ids, `ImportError` without the library.
         """
         return huggingface_tokenizer(self)
+
+# %% ../nbs/05_tokenizer.ipynb #2497f8df
+def _remake(cls: type[Tokenizer], vocab: dict, merges: list, special_tokens: list, trained_on: str | None) -> Tokenizer:
+    "For `pickle`: a tokenizer travels without its caches and compiled code."
+    return cls(vocab, merges, special_tokens, trained_on=trained_on)
 
 # %% ../nbs/05_tokenizer.ipynb #0ba870ce
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
