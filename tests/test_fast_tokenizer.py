@@ -1,10 +1,13 @@
 """Chapters 5 and 6, fast versions: equal to the clear ones on any text, lazy, bounded, safe when things go wrong."""
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
 import tracemalloc
 import warnings
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +42,13 @@ def encoder_of_small_blocks(tokenizer, size):
     "An encoder whose benches hold `size` bytes, so that a text is cut wherever it may be."
     encoder = FastEncoder(tokenizer)
     for _ in range(4):
-        bench = chapter.Bench(encoder.scan, encoder.tables)
+        bench = encoder.take()
         bench.make_room(size)
         encoder.free.append(bench)
     return encoder
+
+
+def in_blocks(encoder, text): return [id for array in encoder.arrays(text) for id in array.tolist()]
 
 
 # ---- equal to the clear version
@@ -56,7 +62,7 @@ def test_encoding(text, tokenizer):
 @settings(deadline=None, max_examples=150)
 @given(texts, st.sampled_from(TOKENIZERS), st.integers(8, 60))
 def test_blocks_cut_anywhere(text, tokenizer, size):
-    assert encoder_of_small_blocks(tokenizer, size).encode(text) == clear(tokenizer, text)
+    assert in_blocks(encoder_of_small_blocks(tokenizer, size), text) == clear(tokenizer, text)
 
 
 @settings(deadline=None, max_examples=100)
@@ -85,7 +91,9 @@ def test_decoding(ids, kind, block):
     given_ids = ids if kind == "list" else iter(ids) if kind == "iter" else np.array(ids, kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chapter, "FAST_CHARS", 0)
+        patch.setattr(chapter, "FAST_IDS", 0)
         patch.setattr(chapter, "DECODE_BLOCK", block)
+        patch.setattr(chapter, "DECODE_IDS", block)
         assert plain.decode_bytes(given_ids) == b"".join(VOCAB[id] for id in ids)
 
 
@@ -99,6 +107,24 @@ def test_ids_out_of_range(tokenizer, bad):
         with pytest.raises(ValueError, match=f"Id {bad} "): tokenizer.decode(np.array(good + [bad]))
 
 
+LONG_TOKENS = {256 + n: bytes(range(65, 65 + width)) * 3 for n, width in enumerate((5, 6, 16, 40))}  # 15 to 120 bytes
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.one_of(st.sampled_from([*LONG_TOKENS, 65, 66]), st.integers(0, 259)), max_size=60), st.integers(1, 200))
+def test_decoding_tokens_longer_than_sixteen_bytes(ids, block):
+    vocab = {id: bytes([id]) for id in range(256)} | LONG_TOKENS
+    table = chapter.token_table(vocab)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapter, "DECODE_BLOCK", block)
+        assert chapter.decode_array(table, np.array(ids, np.uint16)).getvalue() == b"".join(vocab[id] for id in ids)
+
+
+def test_text_of_malformed_bytes_is_the_clear_versions():
+    ids = [0xE2, 0x82, 65, 0xFF] * 100
+    assert plain.decode(ids) == plain.decode(np.array(ids)) == ByteLevelBPE.decode(plain, ids)
+
+
 def test_an_id_in_a_gap_and_an_empty_token():
     gap = next(id for id in range(10**5) if id not in LARGE_IDS)
     with pytest.raises(ValueError, match=f"Id {gap} "): large.decode([next(iter(LARGE_IDS))] * 60 + [gap])
@@ -106,7 +132,39 @@ def test_an_id_in_a_gap_and_an_empty_token():
     assert empty.decode([65, len(VOCAB), 66] * 40) == "AB" * 40
 
 
-CACHE = chapter.word_cache()
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.tuples(*[st.integers(0, chapter.NO_ID - 1)] * 2), st.integers(0, chapter.NO_RANK - 1), max_size=300),
+       st.lists(st.tuples(*[st.integers(0, 9)] * 2), max_size=20))
+def test_every_pair_has_its_rank_and_no_other_has_one(ranks, others):
+    pairs, shifts = chapter.pair_table(ranks)
+    for (left, right), rank in ranks.items(): assert chapter.find_rank(pairs, shifts, left, right) == rank
+    for pair in others: assert chapter.find_rank(pairs, shifts, *pair) == ranks.get(pair, chapter.NO_RANK)
+    for left, right in ranks: assert chapter.find_rank(pairs, shifts, chapter.NO_ID, right) == chapter.NO_RANK
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**64 - 1), st.integers(1, 2**64 - 1), st.integers(0, 3))
+def test_vector_code_does_what_its_twins_do(low, high, place):
+    def stored(put_ids, copy_16, highest_bit):
+        narrow, wide, text = np.zeros(12, np.uint16), np.zeros(8, np.uint32), np.arange(48, dtype=np.uint8)
+        for out in (narrow, wide): put_ids(out, place, np.uint64(low), np.uint64(high))
+        copy_16(text, 2 * place, text, 31 - place)  # far apart, as in use
+        return narrow.tolist(), wide.tolist(), text.tolist(), highest_bit(np.uint64(high))
+
+    assert stored(*COMPILED) == stored(*chapter.STORE_TWINS.values())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_stores(loaded):
+    "Callable from Python what only compiled code may call."
+    import numba
+    put_ids, copy_16, highest_bit = chapter.put_ids, chapter.copy_16, chapter.highest_bit
+    COMPILED.extend([numba.njit(lambda out, n, low, high: put_ids(out, n, low, high)),
+                     numba.njit(lambda a, i, b, k: copy_16(a, i, b, k)), numba.njit(lambda mask: highest_bit(mask))])
+
+
+COMPILED = []
+STATE = np.full((64, 2), chapter.NO_OFFER, np.int64)
 
 
 @settings(deadline=None, max_examples=40)
@@ -116,17 +174,18 @@ def test_merges_in_any_order(order, word):
     merges = [pairs[k] for k in order]
     tokens = dict.fromkeys([*(bytes([byte]) for byte in range(256)), *(t for a, b in merges for t in (a, b, a + b))])
     tokenizer = Tokenizer(dict(enumerate(tokens)), [*merges, merges[0]])  # one twice: the first counts
-    tables, data = chapter.merge_tables(tokenizer), np.frombuffer(word.encode(), np.uint8)
-    count = chapter.merge_short(data, 0, len(data), tables, CACHE.parts, CACHE.left, CACHE.right, CACHE.offers)
-    parts, long_count = chapter.merge_long(data, 0, len(data), tables)
+    tables, data = chapter.merge_tables(tokenizer), np.frombuffer(word.encode() + bytes(64), np.uint8)
+    alive = int(chapter.merge_short(data, 0, len(word), tables, STATE))
+    short = [STATE[place, 1] for place in range(64) if alive >> place & 1]
+    parts, long_count = chapter.merge_long(data, 0, len(word), tables)
     expected = [tokenizer.token_to_id(token) for token in merge_by_rank(word.encode(), tokenizer._ranks)]
-    assert CACHE.parts[:count].tolist() == parts[:long_count].tolist() == expected
+    assert short == parts[:long_count].tolist() == expected
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", "=", "你", " ", "\n", "<|endof", "'l", "the"])
 def test_long_words(unit):
     text = unit * (40_000 // len(unit)) + "x y"
-    assert encoder_of_small_blocks(nested, 1 << 10).encode(text) == clear(nested, text)
+    assert in_blocks(encoder_of_small_blocks(nested, 1 << 10), text) == clear(nested, text)
 
 
 def test_a_word_of_a_megabyte():
@@ -138,8 +197,7 @@ def test_a_word_of_a_megabyte():
 
 def test_many_words_in_a_small_cache():
     encoder = FastEncoder(plain)
-    with encoder.bench() as bench:
-        bench.cache = bench.cache._replace(short=bench.cache.short[:2], wide=bench.cache.wide[:1])
+    encoder.rows = 2
     rng = np.random.default_rng(1)
     words = ["".join(rng.choice(list("abcdeé日"), size=size)) for size in rng.integers(1, 60, size=300)]
     text = " ".join(rng.choice(words, size=5_000))
@@ -197,7 +255,7 @@ def test_uncompiled_it_is_the_same_program():
     "The marked functions as plain Python."
     python(START + """
     import numpy as np, warnings
-    from cs336_lm.tokenizer import FastEncoder, decode_blocks
+    from cs336_lm.tokenizer import FastEncoder, decode_array, id_array
     warnings.simplefilter("ignore")  # numbers that wrap round
     merges = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"a", b"b"), (b"ab", b"ab")]
     vocab = dict(enumerate([*(bytes([id]) for id in range(256)), *(a + b for a, b in merges)]))
@@ -205,7 +263,29 @@ def test_uncompiled_it_is_the_same_program():
     text = "the  the<|end|><<|end|>, 'll they'll " + "ab" * 40 + " é日本語" * 3 + " internationalisation" * 2
     encoder = FastEncoder(tokenizer)
     for _ in range(2): assert encoder.encode(text) == ByteLevelBPE.encode(tokenizer, text)
-    assert decode_blocks(tokenizer._token_bytes, tokenizer.encode(text)).decode() == text
+    assert decode_array(tokenizer._token_table, id_array(tokenizer.encode(text))).getvalue().decode() == text
+    assert "numba" not in sys.modules
+    """)
+
+
+@pytest.mark.parametrize("gap", [0, 70_000], ids=["16 bits", "32 bits"])
+def test_plain_twins_stay_inside_their_arrays(gap):
+    "Blocks of few bytes, each filled to its end: in plain Python a load or a store too far is an IndexError."
+    python(START + f"    gap = {gap}" + """
+    import random, warnings
+    from cs336_lm import tokenizer as chapter
+    warnings.simplefilter("ignore")  # numbers that wrap round
+    chapter.BLOCK_BYTES, chapter.CACHE_ROWS, chapter.DECODE_BLOCK = 24, 8, 8
+    merges = [(b"a", b"b"), (b"ab", b"ab"), (b" ", b"ab")]
+    tokens = [*(bytes([id]) for id in range(256)), *(a + b for a, b in merges)]
+    tokenizer = Tokenizer({gap + id: token for id, token in enumerate(tokens)}, merges, ["<e>"])
+    encoder, rng = chapter.FastEncoder(tokenizer), random.Random(0)
+    for size in [*range(1, 30)] * 3:
+        text = "".join(rng.choices(["a", "b", " ", "ab", "1", "!", "é", "x" * 15, "y" * 17, "<e>"], k=size))[:size]
+        ids = [id for array in encoder.arrays(text) for id in array.tolist()]
+        assert ids == ByteLevelBPE.encode(tokenizer, text)
+        table = chapter.token_table({id: token * 9 for id, token in tokenizer.vocab.items()})
+        assert chapter.decode_array(table, chapter.id_array(ids)).getvalue() == b"".join(tokenizer.vocab[id] * 9 for id in ids)
     assert "numba" not in sys.modules
     """)
 
@@ -262,8 +342,7 @@ def small_blocks(monkeypatch):
     "Files of any size take the fast way, in blocks of 64 bytes."
     monkeypatch.setattr(chapter, "FAST_CHARS", 0)
     monkeypatch.setattr(chapter, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(chapter, "SHORT_ROWS", 64)
-    monkeypatch.setattr(chapter, "WIDE_ROWS", 16)
+    monkeypatch.setattr(chapter, "CACHE_ROWS", 64)
 
 
 def fresh(tokenizer): return Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
@@ -287,7 +366,7 @@ def test_any_file(tmp_path_factory, text, num_threads, block):
     folder = tmp_path_factory.mktemp("any")
     (folder / "a.txt").write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        for name, value in (("FAST_CHARS", 0), ("BLOCK_BYTES", block), ("SHORT_ROWS", 64), ("WIDE_ROWS", 16)):
+        for name, value in (("FAST_CHARS", 0), ("BLOCK_BYTES", block), ("CACHE_ROWS", 64)):
             patch.setattr(chapter, name, value)
         about = encode_file(fresh(nested), folder / "a.txt", folder / "a.npy", num_threads=num_threads)
     assert open_tokens(folder / "a.npy").tolist() == clear(nested, text)
@@ -384,6 +463,100 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert (tmp_path / "a.txt").stat().st_size > 10e6
     whole = open_tokens(tmp_path / "a.npy", tokenizer.sha256)
     assert np.array_equal(whole, np.tile(clear(plain, SAMPLE * 150 + END), 120))
+
+
+def test_arrays_of_ids():
+    for tokenizer, dtype in ((plain, np.uint16), (large, np.uint32)):
+        for text in ("", "a", SAMPLE):
+            ids = tokenizer.encode_array(text)
+            assert ids.dtype == dtype and ids.tolist() == clear(tokenizer, text) == tokenizer.encode_array(text.encode()).tolist()
+    with pytest.raises(UnicodeDecodeError): plain.encode_array(b"good \xff")
+
+
+def test_ids_and_ranks_at_the_limits():
+    for top in (chapter.NO_ID - 1, chapter.NO_ID):
+        tokenizer = Tokenizer({id: bytes([id]) for id in range(256)} | {top: b"ab"}, [(b"a", b"b")], ["<x>"][:top < chapter.NO_ID - 1])
+        assert (tokenizer.fast is None) == (top == chapter.NO_ID)
+        assert tokenizer.encode("ab" * 50 + "ba") == [top] * 50 + [98, 97]
+
+
+def test_a_tokenizer_travels_without_its_caches():
+    assert plain.fast and plain.decode(plain.encode(SAMPLE)) == SAMPLE
+    packed = pickle.dumps(plain)
+    other = pickle.loads(packed)
+    assert other.sha256 == plain.sha256 and other.trained_on == plain.trained_on and "fast" not in vars(other)
+    assert other.encode(SAMPLE) == clear(plain, SAMPLE) and len(packed) < 100_000
+
+
+# ---- executors
+
+@pytest.fixture(scope="module")
+def processes():
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool: yield pool
+
+
+@pytest.fixture(scope="module")
+def dask():
+    distributed = pytest.importorskip("distributed", reason="Dask's distributed is not installed (extra: dask)")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client: yield client.get_executor()
+
+
+@pytest.mark.parametrize("name", ["processes", "dask"])
+@pytest.mark.parametrize("tokenizer", [plain, large], ids=["plain", "large"])
+def test_any_executor_gives_the_same_file(name, tokenizer, request, tmp_path, monkeypatch):
+    monkeypatch.setattr(chapter, "FAST_CHARS", 0)
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 3_000)
+    monkeypatch.setattr(dataset, "SHARDS_AHEAD", 3)
+    (tmp_path / "a.txt").write_bytes(TALES.encode())
+    about = encode_file(tokenizer, tmp_path / "a.txt", tmp_path / "a.npy", executor=request.getfixturevalue(name))
+    alone = encode_file(tokenizer, tmp_path / "a.txt", tmp_path / "b.npy", num_threads=1)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes() and about.corpus == alone.corpus
+    assert open_tokens(tmp_path / "a.npy", tokenizer.sha256).tolist() == clear(tokenizer, TALES)
+
+
+class Immediate:
+    "An executor that works at once, in this process, and remembers what it was asked."
+
+    def __init__(self): self.futures = []
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try: future.set_result(function(*arguments))
+        except Exception as error: future.set_exception(error)
+        self.futures.append(future)
+        return future
+
+
+def test_an_executor_tells_faults(tmp_path, monkeypatch):
+    monkeypatch.setattr(chapter, "FAST_CHARS", 0)
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 3_000)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good words " * 1_000 + b"\xff" + b" more words" * 1_000 + b"\xfe")
+    with pytest.raises(ValueError, match="a.txt is not UTF-8: .* at byte 11,000;"):
+        encode_file(plain, path, tmp_path / "a.npy", executor=Immediate())
+    path.write_bytes(TALES.encode())
+    describe = dataset.describe_file
+
+    def then_shrink(*arguments):
+        about = describe(*arguments)
+        os.truncate(path, 9_000)
+        return about
+
+    monkeypatch.setattr(dataset, "describe_file", then_shrink)
+    with pytest.raises(OSError, match="changed while it was read"):
+        encode_file(plain, path, tmp_path / "a.npy", executor=Immediate())
+    assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_executor_is_not_asked_too_far_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 1_000)
+    monkeypatch.setattr(dataset, "SHARDS_AHEAD", 4)
+    (tmp_path / "a.txt").write_bytes(TALES.encode())
+    executor, asked = Immediate(), []
+    for ids in dataset.encode_shards(plain, executor, str(tmp_path / "a.txt"), len(TALES.encode()), np.dtype("u2"), False):
+        asked.append(len(executor.futures))
+    assert asked[:3] == [4, 5, 6] and len(asked) == len(executor.futures) > 10
 
 
 def test_no_pretoken_of_the_sample_is_lost():
