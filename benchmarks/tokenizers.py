@@ -8,7 +8,7 @@
 
 Every row is a process of its own; what it found is a line of `--rows`. A row that stands there for this machine and this
 code is not made again, so the benchmark can be stopped at any time and goes on where it was. `--only` takes words that
-must all fit a row: task, name, size, vocabulary; a comma between words is "or". A peer that is not installed is left out.
+must all fit a row: task (line-train, check-count), name, size, vocabulary; a comma between words is "or". A peer that is not installed is left out.
 
 - train: a file to merges. batch: documents (str) in memory to lists of ids. decode: an array of ids to bytes.
 - encode: a file to a token file on the disk, the word cache empty. gigatoken gives arrays in memory, which are then
@@ -550,7 +550,7 @@ def all_rows(args) -> Iterator[dict]:
 
 
 def fits(row: dict, only: list[str]) -> bool:
-    words = {row["task"], row["name"], row["size"], str(row["vocab"]), row.get("of"), str(row.get("characters"))}
+    words = {row["task"], row["name"], row["size"], str(row["vocab"]), f"{row['task']}-{row.get('of')}", str(row.get("characters"))}
     return all(words & set(word.split(",")) for word in only)
 
 
