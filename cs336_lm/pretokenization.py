@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['PATTERN', 'MIN_PARALLEL_BYTES', 'EDGE', 'LETTER', 'NUMBER', 'OTHER', 'SPACE', 'BLANK', 'QUOTE', 'MAYBE_CONTRACTION',
-           'LOOK', 'MIN_COMPILED_BYTES', 'pretokenize', 'kind', 'check_special_tokens', 'split_special', 'count_text',
-           'kinds_part', 'is_safe_cut', 'read_text', 'read_chunks', 'count_pretokens_clear', 'three_kinds_rule',
-           'kind_table', 'compiled', 'load_compiled', 'read_code_point', 'same_bytes', 'special_width',
-           'contraction_width', 'scan_tables', 'look_closer', 'find_pieces', 'eight_bytes', 'word_key', 'add_short',
-           'bytes_hash', 'find_long', 'add_long', 'count_pieces', 'pour', 'WordTable', 'Words', 'copy_words',
-           'words_in_order', 'kinds_part_at', 'contraction_letter', 'special_beside', 'last_safe_cut', 'count_words',
-           'say_if_slow', 'compiled_ready', 'count_pretokens']
+           'LOOK', 'BLOCK', 'TWINS', 'MIN_COMPILED_BYTES', 'pretokenize', 'kind', 'check_special_tokens',
+           'split_special', 'count_text', 'kinds_part', 'is_safe_cut', 'read_text', 'read_chunks',
+           'count_pretokens_clear', 'three_kinds_rule', 'kind_table', 'compiled', 'load_compiled', 'read_code_point',
+           'same_bytes', 'special_width', 'contraction_width', 'scan_tables', 'look_closer', 'find_pieces', 'mask_of',
+           'block_masks', 'byte_mask', 'lowest_bit', 'eight_bytes', 'prefetch', 'vector_code', 'bits_below', 'add_wide',
+           'mark_starts', 'carry', 'mark_contractions', 'first_special', 'find_starts', 'write_places', 'word_key',
+           'add_short', 'bytes_hash', 'find_long', 'add_long', 'count_pieces', 'pour', 'WordTable', 'Words',
+           'copy_words', 'words_in_order', 'kinds_part_at', 'contraction_letter', 'special_beside', 'last_safe_cut',
+           'count_words', 'say_if_slow', 'compiled_ready', 'count_pretokens']
 
 # %% ../nbs/03_pretokenization.ipynb #8e0ee28d
 # GPT-2's pre-tokenization pattern (Radford et al., 2019), for the module `regex`.
@@ -226,10 +228,14 @@ def load_compiled() -> bool:
     try: import numba  # noqa: F401
     except ImportError: return False
     with _loading:
+        while _twins: _twins.pop()()
         while _marked:
             function = _marked.pop()
             function.__globals__[function.__name__] = _compile(function)
     return True
+
+
+_twins: list[Callable] = []  # what decides between vector code and its plain twin, further below
 
 # %% ../nbs/03_pretokenization.ipynb #eb018d0f
 @compiled
@@ -281,12 +287,13 @@ LOOK = 8
 
 @lru_cache(maxsize=8)
 def scan_tables(special_tokens: tuple[str, ...]) -> tuple[np.ndarray, ...]:
-    "What the scanner needs to know: kinds by byte and by code point, the rule, the special tokens and their ends."
+    "Kinds by byte and by code point, the rule, the special tokens, their ends and their first bytes (each once)."
     by_byte = kind_table()[:256].copy()
     encoded = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
-    by_byte[[*range(128, 256), *(token[0] for token in encoded)]] = LOOK
+    firsts = np.unique(np.array([token[0] for token in encoded], np.uint8))
+    by_byte[np.concatenate([np.arange(128, 256), firsts])] = LOOK
     ends = np.cumsum([len(token) for token in encoded], dtype=np.int64)
-    return by_byte, kind_table(), three_kinds_rule(), np.frombuffer(b"".join(encoded), np.uint8), ends
+    return by_byte, kind_table(), three_kinds_rule(), np.frombuffer(b"".join(encoded), np.uint8), ends, firsts
 
 # %% ../nbs/03_pretokenization.ipynb #357b8a68
 @compiled
@@ -321,13 +328,255 @@ def find_pieces(text, size, tables, starts):
     return count - 1
 
 # %% ../nbs/03_pretokenization.ipynb #0649815e
+BLOCK = 64  # bytes that are looked at together
+
+
 @compiled
+def mask_of(text, i, first, last):
+    "The mask of those of the 64 bytes from `i` on that are first..last."
+    mask = np.uint64(0)
+    for k in range(64): mask |= np.uint64(first <= text[i + k] <= last) << np.uint64(k)
+    return mask
+
+
+def block_masks(text, i):
+    "The 64 bytes from `i` on as masks: ASCII letters, digits, white space, space, apostrophe; not ASCII."
+    letters = mask_of(text, i, 65, 90) | mask_of(text, i, 97, 122)
+    spaces = mask_of(text, i, 9, 13) | mask_of(text, i, 32, 32)
+    return (letters, mask_of(text, i, 48, 57), spaces, mask_of(text, i, 32, 32), mask_of(text, i, 39, 39),
+            mask_of(text, i, 128, 255))
+
+
+def byte_mask(text, i, byte):
+    "The mask of those of the 64 bytes from `i` on that are `byte`."
+    return mask_of(text, i, byte, byte)
+
+
+def lowest_bit(mask):
+    "The place of the lowest bit of a mask that is not 0."
+    k = 0
+    for width in (32, 16, 8, 4, 2, 1):
+        if mask >> np.uint64(k) & (np.uint64(1) << np.uint64(width)) - np.uint64(1) == np.uint64(0): k += width
+    return k
+
+# %% ../nbs/03_pretokenization.ipynb #80a28ff8
 def eight_bytes(words, i):
     "The bytes i..i+7 as one number; `words` is the text as 64-bit numbers."
     k, bits = i >> 3, np.uint64(8 * (i & 7))
     return words[k] >> bits | (words[k + 1] << np.uint64(1)) << (np.uint64(63) - bits)  # << 64 would be undefined
 
 
+def prefetch(table, row):
+    "Ask the memory for `table[row]`, which is wanted soon; `row` may be any number."
+
+# %% ../nbs/03_pretokenization.ipynb #c3ee4f98
+@lru_cache(maxsize=1)
+def vector_code() -> dict[str, Callable]:
+    "VECTOR INTRINSICS: LLVM code for the five functions above, by name. Loads are not checked for bounds."
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+    bit, byte, int32, int64 = (ir.IntType(n) for n in (1, 8, 32, 64))
+    block, no_block = ir.VectorType(byte, 64), ir.Constant(ir.VectorType(byte, 64), ir.Undefined)
+    every = lambda value: ir.Constant(block, [value] * 64)
+
+    def address(context, builder, kind, array, offset):
+        data = context.make_array(kind)(context, builder, array).data
+        return builder.gep(builder.bitcast(data, byte.as_pointer()), [offset])
+
+    def load(context, builder, kind, array, offset, loaded):
+        place = address(context, builder, kind, array, offset)
+        value = builder.load(builder.bitcast(place, loaded.as_pointer()))
+        value.align = 1  # any address will do
+        return value
+
+    @intrinsic
+    def block_masks(typing, text, i):
+        def write(context, builder, signature, args):
+            data = load(context, builder, signature.args[0], *args, block)
+            equal = lambda value: builder.icmp_unsigned("==", data, every(value))
+            less = lambda x, first, n: builder.icmp_unsigned("<", builder.sub(x, every(first)), every(n))
+            masks = (less(builder.or_(data, every(32)), 97, 26), less(data, 48, 10),
+                     builder.or_(less(data, 9, 5), equal(32)), equal(32), equal(39), less(data, 128, 128))
+            return context.make_tuple(builder, signature.return_type, [builder.bitcast(mask, int64) for mask in masks])
+        return types.UniTuple(types.uint64, 6)(text, types.intp), write
+
+    @intrinsic
+    def byte_mask(typing, text, i, value):
+        def write(context, builder, signature, args):
+            data = load(context, builder, signature.args[0], *args[:2], block)
+            one = builder.insert_element(no_block, args[2], int32(0))
+            same = builder.shuffle_vector(one, no_block, ir.Constant(ir.VectorType(int32, 64), [0] * 64))
+            return builder.bitcast(builder.icmp_unsigned("==", data, same), int64)
+        return types.uint64(text, types.intp, types.uint8), write
+
+    @intrinsic
+    def lowest_bit(typing, mask):
+        def write(context, builder, signature, args): return builder.cttz(args[0], bit(1))
+        return types.intp(types.uint64), write
+
+    @intrinsic
+    def eight_bytes(typing, words, i):
+        def write(context, builder, signature, args): return load(context, builder, signature.args[0], *args, int64)
+        return types.uint64(words, types.intp), write
+
+    @intrinsic
+    def prefetch(typing, table, row):
+        def write(context, builder, signature, args):
+            strides = context.make_array(signature.args[0])(context, builder, args[0]).strides
+            offset = builder.mul(args[1], builder.extract_value(strides, 0))
+            place = address(context, builder, signature.args[0], args[0], offset)
+            kind = ir.FunctionType(ir.VoidType(), [place.type, int32, int32, int32])
+            ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+            builder.call(ask, [place, int32(0), int32(3), int32(1)])  # for reading, into all caches, data
+            return context.get_dummy_value()
+        return types.void(table, types.intp), write
+
+    return {f.__name__: f for f in (block_masks, byte_mask, lowest_bit, eight_bytes, prefetch)}
+
+# %% ../nbs/03_pretokenization.ipynb #f9c0e68d
+TWINS = {f.__name__: f for f in (block_masks, byte_mask, lowest_bit, eight_bytes, prefetch)}
+
+
+def _try_masks(text, words):
+    masks = block_masks(text, 3)
+    prefetch(words, 1)
+    return masks + (byte_mask(text, 3, text[7]), np.uint64(lowest_bit(masks[2])), eight_bytes(words, 13))
+
+
+def _choose_twins() -> None:
+    "Put the vector code in the place of its twins where it works, and the compiled twins elsewhere."
+    text = "One day, it's 12 o'clock:\tMalmö was\n\n asleep. «Wake up!» said the cat, who isn't."
+    words = np.frombuffer(text.encode()[:80], np.uint64)
+    expected, space = _try_masks(words.view(np.uint8), words), _try_masks.__globals__
+    try:
+        space |= vector_code()
+        same = _compile(_try_masks)(words.view(np.uint8), words) == expected
+    except Exception: same = False  # whatever is wrong with the vector code: it is not needed
+    if not same: space |= {name: _compile(twin) for name, twin in TWINS.items()}
+
+
+_twins.append(_choose_twins)
+
+# %% ../nbs/03_pretokenization.ipynb #a2218755
+@compiled
+def bits_below(n):
+    "The mask of the bits 0 to n - 1."
+    return (np.uint64(1) << np.uint64(n)) - np.uint64(1) if n < 64 else ~np.uint64(0)
+
+
+@compiled
+def add_wide(text, base, size, kinds, high, letters, numbers, spaces):
+    """The masks with the characters of several bytes; blanks of two and of three bytes; bytes that follow a first one.
+
+    Last, how many bytes are whole characters (64 or a few less), or ~place where the text is not UTF-8."""
+    two = three = followers = np.uint64(0)
+    while high:
+        k = lowest_bit(high)
+        code, width = read_code_point(text, base + k, size)
+        if width == 0: return letters, numbers, spaces, two, three, followers, ~k
+        if k + width > 64: return letters, numbers, spaces, two, three, followers, k
+        bits, kind = bits_below(width) << np.uint64(k), kinds[code]
+        if kind == LETTER: letters |= bits
+        elif kind == NUMBER: numbers |= bits
+        elif kind == BLANK:
+            spaces |= bits
+            if width == 2: two |= np.uint64(1) << np.uint64(k)
+            else: three |= np.uint64(1) << np.uint64(k)
+        followers |= bits & bits - np.uint64(1)
+        high &= ~bits
+    return letters, numbers, spaces, two, three, followers, 64
+
+# %% ../nbs/03_pretokenization.ipynb #eb370fdb
+@compiled
+def mark_starts(letters, numbers, spaces, plain, two, three, followers, before, limit, edge):
+    "The mask of the places where a piece starts, contractions aside."
+    others, one = ~(letters | numbers | spaces), np.uint64(1)
+    changes = (letters & ~(letters << one | before[0]) | numbers & ~(numbers << one | before[1])
+               | others & ~(others << one | before[2]))
+    runs = changes & ~(plain << one | before[4]) | spaces & ~(spaces << one | before[3])
+    followed = spaces >> one | (one << np.uint64(limit - 1) if edge and limit else np.uint64(0))
+    last = spaces & ~followed
+    return runs | last & ~followers | last >> one & two | last >> np.uint64(2) & three
+
+# %% ../nbs/03_pretokenization.ipynb #f077b245
+@compiled
+def carry(letters, numbers, spaces, plain, limit):
+    "What the last byte before `limit` is, for the next block."
+    s, one = np.uint64(limit - 1), np.uint64(1)
+    others = ~(letters | numbers | spaces)
+    return letters >> s & one, numbers >> s & one, others >> s & one, spaces >> s & one, plain >> s & one
+
+# %% ../nbs/03_pretokenization.ipynb #bff804cd
+@compiled
+def mark_contractions(text, base, quotes, starts, limit, edge):
+    "The starts with those that contractions change, and where the block ends."
+    quotes &= starts & bits_below(limit)
+    while quotes:
+        k = lowest_bit(quotes)
+        if not edge and k + 4 > limit: return starts, k
+        letters = contraction_width(text, base + k + 1, base + limit) if k + 1 < limit else 0
+        if letters: starts = starts & ~(np.uint64(1) << np.uint64(k + 1)) | np.uint64(1) << np.uint64(k + 1 + letters)
+        quotes &= quotes - np.uint64(1)
+    return starts, limit
+
+# %% ../nbs/03_pretokenization.ipynb #1e66b191
+@compiled
+def first_special(text, base, size, limit, tables):
+    "Where the first special token of the block begins, at `limit` at most, and its width, 0 if there is none."
+    mask = np.uint64(0)
+    for byte in tables[5]: mask |= byte_mask(text, base, byte)
+    while mask:
+        k = lowest_bit(mask)
+        if k > limit: break
+        width = special_width(text, base + k, size, tables[3], tables[4])
+        if width: return k, width
+        mask &= mask - np.uint64(1)
+    return limit, 0
+
+# %% ../nbs/03_pretokenization.ipynb #09ec8c10
+@compiled
+def find_starts(text, size, tables, starts):
+    """Write where each piece of text[:size] starts, special tokens as ~start, then `size`; how many there are.
+
+    The same as `find_pieces`, 64 bytes at a time. Where the text is not UTF-8, the result is ~position.
+    `text` (uint8) has at least size + 64 bytes, of any value after `size`; `starts` (int32) room for size + 2."""
+    if len(text) < size + 64 or len(starts) < size + 2 or size > 2**31 - 128: raise ValueError("find_starts: no room")
+    none = np.uint64(0)
+    count, base, before = none, 0, (none, none, none, none, none)
+    while base < size:
+        letters, numbers, spaces, plain, quotes, high = block_masks(text, base)
+        two = three = followers = none
+        edge, limit, special = size - base < 64, min(size - base, 63), 0
+        if edge: high &= bits_below(limit)
+        if high:
+            letters, numbers, spaces, two, three, followers, whole = add_wide(text, base, size, tables[1], high,
+                                                                              letters, numbers, spaces)
+            if whole < 0: return ~(base + ~whole)
+            if not edge: limit = whole - 1
+            while not edge and followers >> np.uint64(limit) & np.uint64(1): limit -= 1
+        if len(tables[5]): limit, special = first_special(text, base, size, limit, tables)
+        edge = edge or special > 0
+        found = mark_starts(letters, numbers, spaces, plain, two, three, followers, before, limit, edge)
+        if quotes & found: found, limit = mark_contractions(text, base, quotes, found, limit, edge)
+        count = write_places(found & bits_below(limit), base, starts, count)
+        before = (none, none, none, none, none) if edge else carry(letters, numbers, spaces, plain, limit)
+        if special: starts[count], count = ~(base + limit), count + np.uint64(1)
+        base += limit + special
+    starts[count] = size
+    return np.int64(count)
+
+
+@compiled
+def write_places(mask, base, starts, count):
+    "Write the places of the bits of a mask; how many are written now. (Unsigned, `count` is no index from the end.)"
+    while mask:
+        starts[count] = base + lowest_bit(mask)
+        mask &= mask - np.uint64(1)
+        count += np.uint64(1)
+    return count
+
+# %% ../nbs/03_pretokenization.ipynb #dc391fb5
 @compiled
 def word_key(words, begin, width):
     "A word of 1 to 15 bytes as two numbers, its width in the top byte of the second."
@@ -534,7 +783,7 @@ class _Buffers:
     def __init__(self): self.make_room(0)
 
     def make_room(self, size: int) -> None:
-        self.words = np.zeros(size // 8 + 8, np.uint64)
+        self.words = np.zeros(size // 8 + 9, np.uint64)  # the text and BLOCK bytes more
         self.text, self.starts = self.words.view(np.uint8), np.empty(size + 2, np.int64)
 
 # %% ../nbs/03_pretokenization.ipynb #767c3618

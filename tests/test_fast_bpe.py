@@ -1,5 +1,7 @@
 "The compiled versions inside chapters 03 and 04 against the clear ones: Unicode, threads, chunk sizes, faults."
+import importlib.util
 import itertools
+import platform
 import subprocess
 import sys
 import warnings
@@ -36,11 +38,27 @@ def always_compiled(monkeypatch):
         monkeypatch.setattr(module, name, 0)
 
 
+@pytest.fixture(scope="module")
+def twins():
+    """The chapter's module a second time, with the plain twins in the place of the vector code, all bounds checked.
+
+    Not cached on disk: there the two would take each other's place."""
+    import numba
+    spec = importlib.util.spec_from_file_location("twins_of_pretokenization", pre.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.vector_code = lambda: {}["no vector code here"]
+    module._compile = numba.njit(nogil=True, boundscheck=True)
+    assert module.load_compiled()
+    return module
+
+
 def scan(text: str, specials=(), find_pieces=None) -> list[tuple[str, bool]]:
-    data = text.encode()
-    padded, starts = np.frombuffer(data + b"'ll", np.uint8), np.full(len(data) + 3, -7, np.int64)
+    "The pieces in a buffer of the least size, with letters of a contraction after the text's end."
+    data, find_pieces = text.encode(), find_pieces or pre.find_starts
+    padded, starts = np.frombuffer(data + b"'ll\xe3" * 16, np.uint8), np.full(len(data) + 3, -7, np.int32)
     tables = pre.scan_tables(tuple(specials))
-    count = (find_pieces or pre.find_pieces)(padded, len(data), tables, starts)
+    count = find_pieces(padded, len(data), tables, starts[:-1])
     assert count >= 0 and starts[-1] == -7, "written past the room that was asked for"
     places = [s if s >= 0 else ~s for s in starts[:count + 1].tolist()]
     return [(data[a:b].decode(), starts[k] < 0) for k, (a, b) in enumerate(itertools.pairwise(places))]
@@ -53,30 +71,74 @@ def clear_scan(text: str, specials=()) -> list[tuple[str, bool]]:
 
 @given(TEXT | WORDY, SPECIALS)
 @settings(max_examples=400)
-def test_pieces_are_those_of_the_pattern(text, specials): assert scan(text, specials) == clear_scan(text, specials)
+def test_pieces_are_those_of_the_pattern(text, specials):
+    assert scan(text, specials) == clear_scan(text, specials)
+    assert scan(text, specials, pre.find_pieces) == clear_scan(text, specials)
 
 
-@given(TEXT, SPECIALS)
-@settings(max_examples=150)
-def test_plain_python_twin(text, specials):
-    assert scan(text, specials, pre.find_pieces.py_func) == clear_scan(text, specials)
+# Long enough for several blocks; each part comes to lie across a block's end.
+LONG = st.lists(st.sampled_from(["a", "an", "'ll", "'s", "'", " ", "  ", "\n", "1", "!", "é", "日", "😀", "\u0085", "\u3000", "<e>", "|"]) |
+                st.text(max_size=2), min_size=40, max_size=200).map("".join)
+
+
+@given(LONG, SPECIALS | st.just(["<e>", "s<e>"]), st.integers(0, 64))
+@settings(max_examples=400)
+def test_pieces_across_blocks(text, specials, before):
+    text = "x" * before + text
+    assert scan(text, specials) == clear_scan(text, specials)
+
+
+@given(TEXT | LONG, SPECIALS)
+@settings(max_examples=200)
+def test_twins_of_the_vector_code(twins, text, specials):
+    assert scan(text, specials, twins.find_starts) == clear_scan(text, specials)
+
+
+@given(TEXT | LONG, SPECIALS)
+@settings(max_examples=60)
+def test_twins_in_plain_python(twins, text, specials):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in list(vars(twins).items()):
+            if hasattr(function, "py_func"): patch.setattr(twins, name, function.py_func)
+        assert scan(text, specials, twins.find_starts) == scan(text, specials, twins.find_pieces) == clear_scan(text, specials)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the plain twin may serve elsewhere")
+def test_vector_code_is_in_use():
+    assert all(getattr(pre, name) is code for name, code in pre.vector_code().items())
+
+
+def test_vector_code_that_fails_or_lies_gives_way_to_its_twin(twins, monkeypatch):
+    wrong = twins._compile(lambda text, i: (np.uint64(0),) * 6)
+    for code in (lambda: {}["none"], lambda: {"block_masks": wrong}, lambda: {"lowest_bit": lambda: 0}):
+        monkeypatch.setattr(twins, "vector_code", code)
+        twins._choose_twins()
+        assert all(getattr(twins, name).py_func is twin for name, twin in twins.TWINS.items())
+
+
+def test_a_scanner_without_room_says_so(twins):
+    text, tables, starts = np.zeros(100, np.uint8), pre.scan_tables(()), np.zeros(100, np.int32)
+    for find_starts in (pre.find_starts, twins.find_starts):
+        assert find_starts(text, 36, tables, starts[:38]) == 1
+        for short in ((text, 37, tables, starts), (text, 36, tables, starts[:37])):
+            with pytest.raises(ValueError, match="no room"): find_starts(*short)
 
 
 @pytest.mark.parametrize("around", ["a{}1", "\n{} {}'s"])
 def test_every_code_point(around):
     text = "".join(around.replace("{}", chr(c)) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
-    same = [piece for piece, _ in scan(text)] == list(pretokenize(text))
+    expected = list(pretokenize(text))
+    same = [piece for piece, _ in scan(text)] == expected == [piece for piece, _ in scan(text, (), pre.find_pieces)]
     assert same  # not in one line: pytest would print millions of pieces
 
 
-@given(st.binary(max_size=12) | st.lists(st.sampled_from([b"\xe3", b"\x81", b"\xf4", b"\x90", b"a", b"\xed\xa0", "😀".encode()])).map(b"".join))
+@given(st.binary(max_size=12) | st.lists(st.sampled_from([b"\xe3", b"y" * 61, b"\x81", b"\xf4", b"\x90", b"a", b"\xed\xa0", "😀".encode()])).map(b"".join))
 @settings(max_examples=400)
 def test_not_utf8_is_found_where_python_finds_it(data):
-    starts = np.zeros(len(data) + 2, np.int64)
-    found = pre.find_pieces(np.frombuffer(data + bytes(8), np.uint8), len(data), pre.scan_tables(("\x81",)), starts)
-    try: data.decode()
-    except UnicodeDecodeError as error: assert ~found == error.start
-    else: assert found >= 0
+    starts, padded, tables = np.zeros(len(data) + 2, np.int32), np.frombuffer(data + b"\x81" * 64, np.uint8), pre.scan_tables(("\x81",))
+    try: fault = len(data.decode()) * 0
+    except UnicodeDecodeError as error: fault = ~error.start
+    for find in (pre.find_starts, pre.find_pieces): assert min(0, find(padded, len(data), tables, starts)) == fault
 
 
 @given(TEXT | WORDY, SPECIALS, st.integers(1, 3), st.integers(1, 40) | st.just(1 << 20))
