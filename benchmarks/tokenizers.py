@@ -6,21 +6,22 @@
     python benchmarks/tokenizers.py show
     python benchmarks/tokenizers.py record figures/runs/tokenizer-benchmark.json
 
-Every row is a process of its own; what it found is a line of `--rows`. A row that stands there for this machine and this
-code is not made again, so the benchmark can be stopped at any time and goes on where it was. `--only` takes words that
-must all fit a row: task (line-train, check-count), name, size, vocabulary; a comma between words is "or". A peer that is not installed is left out.
+Every row is a process of its own; what it found is a line of `--rows`. A row that stands there for this machine and
+this code is not made again, so the benchmark can be stopped at any time and goes on where it was. `--only` takes words
+that must all fit a row: task (line-train, check-count), name, size, vocabulary; a comma between words is "or". A peer
+that is not installed is left out.
 
 - train: a file to merges. batch: documents (str) in memory to lists of ids. decode: an array of ids to bytes.
 - encode: a file to a token file on the disk, the word cache empty. gigatoken gives arrays in memory, which are then
   written as .npy; `ids_seconds` is the time until it has them. tiktoken and HF get the file's documents in groups.
 - short: `encode` of one string of 11 or of 450 characters, 10,000 distinct ones, one call each.
 - line: train and encode on a text of up to 2.2 GB in which new words keep coming. cold: import and compilation of ours.
-- replay: a peer's merges on our counts. Trainers break ties differently, so their merges are not ours; but each merge of
-  a right trainer is, at its turn, a most frequent pair. (gigabpe takes special tokens as text, and is counted so.)
+- replay: a peer's merges on our counts. Trainers break ties differently, so their merges are not ours; but each merge
+  of a right trainer is, at its turn, a most frequent pair. (gigabpe takes special tokens as text, and is counted so.)
 - check: all of the text by ours against tiktoken and against the clear versions.
 
-Import and compilation are left out of all rows but `cold`: ours has trained on 5 MB, or encoded one word many times with
-the same tokenizer and other text with another one, before. `anonymous` is the most private memory (RssAnon) that a
+Import and compilation are left out of all rows but `cold`: ours has trained on 5 MB, or encoded one word many times
+with the same tokenizer and other text with another one, before. `anonymous` is the most private memory (RssAnon) that a
 process had in its timed part, looked at 50 times a second; VmHWM, which counts mapped files, stands beside it.
 """
 import sys
@@ -37,12 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("cs336_lm") is None: sys.path.insert(0, str(ROOT))
 
 SPECIAL = "<|endoftext|>"
-PACKAGES = {"ours": "cs336_lm", "gigabpe": "gigabpe", "gigatoken": "gigatoken", "rustbpe": "rustbpe", "hf": "tokenizers",
-            "tiktoken": "tiktoken"}
+PACKAGES = {"ours": "cs336_lm", "gigabpe": "gigabpe", "gigatoken": "gigatoken", "rustbpe": "rustbpe",
+            "hf": "tokenizers", "tiktoken": "tiktoken"}
 SLOW = {"rustbpe", "hf", "tiktoken"}  # one run, on the smallest file
 TRAINERS, ENCODERS = ["ours", "gigabpe", "gigatoken", "rustbpe", "hf"], ["ours", "gigatoken", "tiktoken", "hf"]
-TIES = {"ours": "the greatest pair of byte strings", "gigabpe": "the smallest pair of ids",
-        "gigatoken": "the smallest pair of ids", "hf": "the smallest pair of ids", "rustbpe": "the smallest pair of ids"}
+TIES = {"ours": "the greatest pair of byte strings"} | dict.fromkeys(TRAINERS[1:], "the smallest pair of ids")
 GPT2 = 50257
 SHORT = (11, 450)
 LINE_SIZES = (100, 200, 500, 1000, 2200)
@@ -166,6 +166,11 @@ def ready_ours(folder: Path, warm: Path):
     return tokenizer
 
 
+def any_tokenizer(name: str, files: dict):
+    folder = Path(files["tokenizer"])
+    return ready_ours(folder, Path(files["warm"])) if name == "ours" else peer_tokenizer(name, folder)
+
+
 def groups(path: Path, size: int = 2000) -> Iterator[list[str]]:
     docs = documents(path)
     while group := list(itertools.islice(docs, size)): yield group
@@ -189,7 +194,7 @@ def prepare_encoder(name: str, threads: int, files: dict) -> Callable:
             ids = awkward.to_numpy(awkward.flatten(ids))
         else: ids = np.concatenate([flat(batch(group)) for group in groups(path)])
         ended = time.monotonic()
-        np.save(output, ids.astype(np.uint16) if tokenizer_size(folder) <= 1 << 16 else ids)
+        np.save(output, ids.astype(np.uint16) if len(vocabulary(folder)) <= 1 << 16 else ids)
         return ended
     return encode
 
@@ -206,11 +211,7 @@ def flat(lists: list[list[int]]) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(lists), np.uint32)
 
 
-def tokenizer_size(folder: Path) -> int: return len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-
-
-def special_id(folder: Path) -> int:
-    return json.loads((folder / "vocab.json").read_text(encoding="utf-8"))[SPECIAL]
+def vocabulary(folder: Path) -> dict[str, int]: return json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
 
 
 def ids_hash(path: Path, special: int) -> dict:
@@ -228,12 +229,12 @@ def run_encode(row: dict, files: dict) -> dict:
     encode, output = prepare_encoder(row["name"], row["threads"], files), Path(files["output"])
     found, ended = timed(lambda: encode(Path(files["text"]), output))
     if ended: found["ids_seconds"] = ended - found["start"]
-    return found | ids_hash(output, special_id(Path(files["tokenizer"])))
+    return found | ids_hash(output, vocabulary(Path(files["tokenizer"]))[SPECIAL])
 
 
 def run_batch(row: dict, files: dict) -> dict:
-    folder, texts = Path(files["tokenizer"]), list(documents(Path(files["text"])))
-    tokenizer = ready_ours(folder, Path(files["warm"])) if row["name"] == "ours" else peer_tokenizer(row["name"], folder)
+    texts = list(documents(Path(files["text"])))
+    tokenizer = any_tokenizer(row["name"], files)
     batch = batch_function(row["name"], tokenizer, row["threads"])
     batch([" the" * 10])
     found, lists = timed(lambda: batch(texts))
@@ -243,9 +244,9 @@ def run_batch(row: dict, files: dict) -> dict:
 
 def run_decode(row: dict, files: dict) -> dict:
     "Ids to bytes: an array for ours and gigatoken; a list for tiktoken and HF, which take no other (HF makes a text)."
-    name, folder = row["name"], Path(files["tokenizer"])
+    name = row["name"]
     ids = np.load(files["ids"]).astype(np.uint32)
-    tokenizer = ready_ours(folder, Path(files["warm"])) if name == "ours" else peer_tokenizer(name, folder)
+    tokenizer = any_tokenizer(name, files)
     if name in ("tiktoken", "hf"): ids = ids.tolist()
     decode = {"ours": getattr(tokenizer, "decode_bytes", None), "gigatoken": tokenizer.decode,
               "tiktoken": getattr(tokenizer, "decode_bytes", None),
@@ -258,8 +259,8 @@ def run_decode(row: dict, files: dict) -> dict:
 
 def run_short(row: dict, files: dict) -> dict:
     "Seconds of one call: the median of nine sets of 10,000 strings, all distinct, after one more set."
-    name, folder, width = row["name"], Path(files["tokenizer"]), row["characters"]
-    tokenizer = ready_ours(folder, Path(files["warm"])) if name == "ours" else peer_tokenizer(name, folder)
+    name, width = row["name"], row["characters"]
+    tokenizer = any_tokenizer(name, files)
     encode = (lambda text: tokenizer.encode(text).ids) if name == "hf" else tokenizer.encode
     sets, took = distinct_strings(Path(files["text"]), width, 10), []
     gc.disable()
@@ -330,7 +331,7 @@ def check_encode(row: dict, files: dict) -> dict:
     "All ids of the text by ours against tiktoken's, block by block."
     from cs336_lm.dataset import encode_file
     tokenizer, text, output = load_ours(Path(files["tokenizer"])), Path(files["text"]), Path(files["output"])
-    theirs, special = tokenizer.to_tiktoken(), special_id(Path(files["tokenizer"]))
+    theirs, special = tokenizer.to_tiktoken(), vocabulary(Path(files["tokenizer"]))[SPECIAL]
     about = encode_file(tokenizer, text, output, num_threads=row["threads"])
     ids, at, different = np.load(output, mmap_mode="r"), 0, 0
     for block in text_blocks(text):
@@ -408,7 +409,8 @@ class Files:
         threads, name = row["threads"], row["name"]
         line = row["task"] == "line"
         found = {"text": self.line(row["size"]) if line else self.part(row["size"])}
-        found["warm"] = self.part("2MB" if "encode" in (row["task"], row.get("of")) or row["task"] in ("batch", "decode", "short") else "5MB")
+        encodes = "encode" in (row["task"], row.get("of")) or row["task"] in ("batch", "decode", "short")
+        found["warm"] = self.part("2MB" if encodes else "5MB")
         if row["task"] not in ("train", "replay") and row.get("of") not in ("train", "count"):
             found["tokenizer"] = self.tokenizer(row["vocab"])
         if row["task"] == "decode": found["ids"] = self.ids(row["size"], row["vocab"])
@@ -428,7 +430,7 @@ class Files:
         return path
 
     def tokenizer(self, vocab: int) -> Path:
-        "A folder with a tokenizer in our form and as tokenizer.json: GPT-2's own where given, else trained on the text."
+        "A folder with a tokenizer, ours and tokenizer.json: GPT-2's own where given, else trained on the text."
         folder = self.work / f"tokenizer-{vocab}"
         if (folder / "tokenizer.json").is_file(): return folder
         print(f"making the tokenizer of {vocab:,} entries ...", flush=True)
@@ -443,7 +445,7 @@ class Files:
         return path
 
     def line(self, size: str) -> Path:
-        "The text again and again with numbered words mixed in, in the first documents' proportion; one file at a time."
+        "The text again and again with numbered words mixed in; only one such file stands there at a time."
         path, want = self.work / f"line-{size}.txt", int(size.removesuffix("MB")) * 1_000_000
         if path.is_file(): return path
         for old in self.work.glob("line-*.txt"): old.unlink()
@@ -469,7 +471,8 @@ def numbered_text(path: Path) -> Iterator[bytes]:
     while True:
         for block in text_blocks(path, 1 << 22):
             docs = [doc.encode() for doc in block]
-            yield b"".join(doc + b"".join(new_word(next(numbers)) for _ in range(len(doc) // 700)) + separator for doc in docs)
+            new = (b"".join(new_word(next(numbers)) for _ in range(len(doc) // 700)) for doc in docs)
+            yield b"".join(doc + words + separator for doc, words in zip(docs, new))
 
 
 def new_word(number: int) -> bytes:
@@ -486,9 +489,11 @@ def make_tokenizer(text: str, vocab: str, folder: str, gpt2: str) -> None:
     if gpt2:
         names = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
         pair = next(((Path(gpt2) / a, Path(gpt2) / b) for a, b in names if (Path(gpt2) / a).is_file()), None)
-        if pair is None: raise SystemExit(f"{gpt2} has neither vocab.json and merges.txt nor encoder.json and vocab.bpe.")
+        if pair is None: raise SystemExit(f"{gpt2} has neither of the pairs of files " + " and ".join(map(str, names)))
         tokenizer = Tokenizer.from_files(*pair, [SPECIAL])
-    else: tokenizer = Tokenizer(*train_bpe(text, int(vocab), [SPECIAL], num_processes=2), [SPECIAL], trained_on=Path(text).name)
+    else:
+        learned = train_bpe(text, int(vocab), [SPECIAL], num_processes=2)
+        tokenizer = Tokenizer(*learned, [SPECIAL], trained_on=Path(text).name)
     tokenizer.save(folder)
     tokenizer.to_huggingface().save(str(Path(folder) / "tokenizer.json"))
 
@@ -531,26 +536,28 @@ def all_rows(args) -> Iterator[dict]:
             for name in names:
                 if name not in SLOW or turn == 0 and size == sizes[0]:
                     yield {"task": task, "name": name, "size": size, **more, "turn": turn}
-    for size, vocab, n in cross(sizes, args.vocab, args.threads): yield from turns("train", TRAINERS, size, vocab=vocab, threads=n)
+    def once(task, name, size, vocab, threads, **more):
+        return {"task": task, **more, "name": name, "size": size, "vocab": vocab, "threads": threads, "turn": 0}
+    for size, vocab, n in cross(sizes, args.vocab, args.threads):
+        yield from turns("train", TRAINERS, size, vocab=vocab, threads=n)
     for size, vocab, n in cross(sizes, (32000, GPT2), args.threads):
         yield from turns("encode", ENCODERS, size, vocab=vocab, threads=n)
     for n in args.threads: yield from turns("batch", ENCODERS, sizes[0], vocab=32000, threads=n)
     for size in sizes: yield from turns("decode", ENCODERS, size, vocab=32000, threads=1)
     for vocab, width in cross((32000, GPT2), SHORT):
         yield from turns("short", ENCODERS, sizes[0], vocab=vocab, characters=width, threads=1)
-    for turn in range(3): yield {"task": "cold", "name": "ours", "size": "5MB", "vocab": 32000, "threads": 2, "turn": turn}
-    for size, n in cross(args.line_sizes, args.threads):
-        for of, vocab in (("train", 10000), ("train", 32000), ("encode", 32000)):
-            for turn in range(3):
-                yield {"task": "line", "of": of, "name": "ours", "size": f"{size}MB", "vocab": vocab, "threads": n, "turn": turn}
-    for vocab, name in cross(args.vocab, TRAINERS):
-        yield {"task": "replay", "name": name, "size": sizes[0], "vocab": vocab, "threads": max(args.threads), "turn": 0}
-    for of in ("encode", "count", "train"):
-        yield {"task": "check", "of": of, "name": "ours", "size": sizes[-1], "vocab": 32000, "threads": max(args.threads), "turn": 0}
+    for turn in range(3): yield once("cold", "ours", "5MB", 32000, 2) | {"turn": turn}
+    line = ("train", 10000), ("train", 32000), ("encode", 32000)
+    for size, n, (of, vocab), turn in cross(args.line_sizes, args.threads, line, range(3)):
+        yield once("line", "ours", f"{size}MB", vocab, n, of=of) | {"turn": turn}
+    most = max(args.threads)
+    for vocab, name in cross(args.vocab, TRAINERS): yield once("replay", name, sizes[0], vocab, most)
+    for of in ("encode", "count", "train"): yield once("check", "ours", sizes[-1], 32000, most, of=of)
 
 
 def fits(row: dict, only: list[str]) -> bool:
-    words = {row["task"], row["name"], row["size"], str(row["vocab"]), f"{row['task']}-{row.get('of')}", str(row.get("characters"))}
+    words = {row["task"], f"{row['task']}-{row.get('of')}", row["name"], row["size"]}
+    words |= {str(row["vocab"]), str(row.get("characters"))}
     return all(words & set(word.split(",")) for word in only)
 
 
@@ -572,7 +579,8 @@ def run_all(args) -> None:
     left = [row for row in rows if not any(row.items() <= old.items() for old in done)]
     print(f"{len(rows)} rows, {len(rows) - len(left)} of them done; {args.rows}", flush=True)
     for number, row in enumerate(left, start=1 + len(rows) - len(left)):
-        if args.minutes and time.monotonic() - began > 60 * args.minutes: return print(f"stopped: {len(rows) - number + 1} rows are left")
+        if args.minutes and time.monotonic() - began > 60 * args.minutes:
+            return print(f"stopped: {len(rows) - number + 1} rows are left")
         print(f"[{number}/{len(rows)}] {title(row)}: ", end="", flush=True)
         found = make_row(row, files, args.timeout)
         args.rows.parent.mkdir(parents=True, exist_ok=True)
@@ -581,22 +589,24 @@ def run_all(args) -> None:
 
 
 def title(row: dict) -> str:
-    more = [row["size"], f"{row['vocab']:,}", f"{row['characters']} characters" if "characters" in row else f"{row['threads']} thread(s)"]
-    return f"{row['task']} {row['name']} {row.get('of', '')} {' '.join(more)}, run {row['turn'] + 1}".replace("  ", " ")
+    task = f"{row['task']} {row['of']}" if "of" in row else row["task"]
+    what = f"{row['characters']} characters" if "characters" in row else f"{row['threads']} thread(s)"
+    return f"{task} {row['name']} {row['size']} {row['vocab']:,} {what}, run {row['turn'] + 1}"
 
 
 def result(found: dict) -> str:
     if "error" in found: return found["error"]
-    shown = {key: value for key, value in found.items() if key in ("most_frequent", "merges") or "differ" in key}
-    seconds = found["seconds"]
-    first = f"{seconds:.2f} s" if seconds > 0.01 else f"{seconds * 1e6:.2f} us" if seconds else ""
-    return f"{first} {found.get('anonymous_bytes', 0) / 1e6:.0f} MB {shown if found['seconds'] == 0 else ''}".strip()
+    seconds, names = found["seconds"], ("most_frequent", "merges")
+    if not seconds: return str({key: value for key, value in found.items() if key in names or "different" in key})
+    if "anonymous_bytes" not in found: return f"{seconds * 1e6:.2f} us"
+    return f"{seconds:.2f} s {found['anonymous_bytes'] / 1e6:.0f} MB"
 
 
 def make_row(row: dict, files: Files, timeout: float) -> dict:
     "Run one row in its process; what it found, or what went wrong."
     load = round(os.getloadavg()[0], 1)
-    env = os.environ | {v: str(row["threads"]) for v in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")} | {"TOKENIZERS_PARALLELISM": "true"}
+    env = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
+    env |= {name: str(row["threads"]) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
     try:
         command = [sys.executable, __file__, "one", json.dumps(row), json.dumps(files.of(row))]
         if row["task"] != "cold": found = child(command, env, timeout)
@@ -616,7 +626,8 @@ def child(command: list[str], env: dict | None = None, timeout: float = 3600) ->
         try:
             while process.poll() is None:
                 seen.append((time.monotonic(), memory(process.pid, "RssAnon")))
-                if time.monotonic() - began > timeout: raise subprocess.SubprocessError(f"ran longer than {timeout:.0f} s")
+                if time.monotonic() - began > timeout:
+                    raise subprocess.SubprocessError(f"ran longer than {timeout:.0f} s")
                 time.sleep(0.02)
         finally: process.kill()
         out.seek(0), err.seek(0)
@@ -633,114 +644,126 @@ def child(command: list[str], env: dict | None = None, timeout: float = 3600) ->
 
 # -- tables
 
+SETTING = ("task", "of", "size", "vocab", "characters", "threads")
+MIDDLE = ("ids_seconds", "cpu_seconds", "anonymous_bytes", "hwm_bytes")  # of these the median
+NOT_KEPT = {"turn", "machine", "text", "code", "load", "date", "sha256", "sets", "seconds", "anonymous_before", *MIDDLE}
+
+
+def setting(row: dict) -> tuple: return tuple(row.get(field) for field in SETTING)
+
+
 def medians(rows: list[dict]) -> list[dict]:
-    "One entry for each setting and name: the median run, and how its result compares with ours."
-    key = lambda row: tuple(row.get(k) for k in ("task", "of", "size", "vocab", "characters", "threads"))
-    code = next((row["code"] for row in reversed(rows) if row["name"] == "ours" and "error" not in row), None)
-    rows = [row for row in rows if "error" not in row and row.get("code", code) == code]
-    found = []
-    for setting in dict.fromkeys(map(key, rows)):
-        of = [row for row in rows if key(row) == setting]
-        ours = next((row for row in of if row["name"] == "ours"), None)
+    "One entry for each setting and name, of the newest code: the median run, and whether the result is ours."
+    rows = [row for row in rows if "error" not in row]
+    code = next((row["code"] for row in reversed(rows) if "code" in row), None)
+    rows, found = [row for row in rows if row.get("code", code) == code], []
+    for one in dict.fromkeys(map(setting, rows)):
+        of = [row for row in rows if setting(row) == one]
+        ours = next((row.get("sha256") for row in of if row["name"] == "ours"), None)
         for name in PACKAGES:
-            if runs := [row for row in of if row["name"] == name]: found.append(entry(runs, ours and ours.get("sha256")))
+            if runs := [row for row in of if row["name"] == name]: found.append(entry(runs, ours))
     return found
 
 
-def entry(runs: list[dict], sha256: str | None) -> dict:
-    middle = lambda field: statistics.median(row[field] for row in runs)
-    first = runs[0]
-    kept = {k: first[k] for k in ("task", "of", "name", "version", "size", "vocab", "characters", "threads", "tokens", "merges", "right")
-            if k in first}
-    found = kept | {"runs": len(runs), "seconds": middle("seconds"), "lowest": min(r["seconds"] for r in runs),
-                    "highest": max(r["seconds"] for r in runs), "highest_load": max(r["load"] for r in runs)}
-    for field in ("ids_seconds", "cpu_seconds", "anonymous_bytes", "hwm_bytes"):
-        if field in first: found[field] = middle(field)
-    if "sha256" in first and sha256: found["same_as_ours"] = first["sha256"] == sha256
-    for field in first:
-        if field in ("most_frequent", "same_order", "ids", "ids_compared", "distinct", "pretokens", "bytes") or "different" in field or "_5MB" in field or field in ("import", "empty"):
-            found[field] = first[field]
-    return found
+def entry(runs: list[dict], ours: str | None) -> dict:
+    "What several runs of one row are together; what does not vary is taken from the first."
+    first, seconds = runs[0], [row["seconds"] for row in runs]
+    found = {field: value for field, value in first.items() if field not in NOT_KEPT}
+    found |= {"runs": len(runs), "seconds": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds)}
+    found |= {field: statistics.median(row[field] for row in runs) for field in MIDDLE if field in first}
+    if ours and "sha256" in first: found["same_as_ours"] = all(row["sha256"] == ours for row in runs)
+    return found | {"highest_load": max(row["load"] for row in runs)}
+
+
+def beside_ours(table: list[dict]) -> Iterator[tuple[dict, dict[str, dict]]]:
+    "Each entry of ours with the peers' entries of the same setting."
+    for ours in table:
+        if ours["name"] == "ours":
+            yield ours, {t["name"]: t for t in table if setting(t) == setting(ours) and t["name"] != "ours"}
 
 
 def ratios(table: list[dict]) -> list[dict]:
-    "For each goal and setting: the best peer's time divided by ours."
+    "For each goal and setting: the time of the quickest peer divided by ours."
     found = []
     for task, vocab, width, peers, least, aim in TARGETS:
-        for ours in table:
-            if ours["name"] != "ours" or ours["task"] != task or vocab not in (None, ours["vocab"]): continue
-            if width != ours.get("characters"): continue
-            setting = {k: ours.get(k) for k in ("task", "size", "vocab", "characters", "threads")}
-            of = {t["name"]: t for t in table if t["name"] in peers and setting == {k: t.get(k) for k in setting}}
-            if not of: continue
+        for ours, others in beside_ours(table):
+            of = {name: t for name, t in others.items() if name in peers}
+            right = ours["task"] == task and vocab in (None, ours["vocab"]) and width == ours.get("characters")
+            if not right or not of: continue
             best = min(of, key=lambda name: of[name]["seconds"])
-            found.append({k: v for k, v in setting.items() if v is not None}
-                         | {"against": best, "ratio": of[best]["seconds"] / ours["seconds"], "least": least, "aim": aim})
+            about = {field: ours[field] for field in SETTING if field in ours}
+            ratio = of[best]["seconds"] / ours["seconds"]
+            found.append(about | {"against": best, "ratio": ratio, "least": least, "aim": aim})
     return found
 
 
 def lines(table: list[dict]) -> list[dict]:
-    "Least squares through seconds and memory against bytes, and what the line says for the write-up's files."
-    found, key = [], lambda t: (t["of"], t["vocab"], t["threads"])
-    of_line = [t for t in table if t["task"] == "line"]
-    for setting in dict.fromkeys(map(key, of_line)):
-        points = sorted((int(t["size"].removesuffix("MB")) * 1e6, t["seconds"], t["anonymous_bytes"]) for t in of_line if key(t) == setting)
+    "Least squares through seconds and memory against bytes, and what the line says for the write-up's larger file."
+    found, of_line = [], [t for t in table if t["task"] == "line"]
+    for of, vocab, threads in dict.fromkeys((t["of"], t["vocab"], t["threads"]) for t in of_line):
+        points = [(int(t["size"].removesuffix("MB")) * 1e6, t["seconds"], t["anonymous_bytes"])
+                  for t in of_line if (t["of"], t["vocab"], t["threads"]) == (of, vocab, threads)]
         if len(points) < 3: continue
-        x, seconds, anonymous = np.array(points).T
+        x, seconds, anonymous = np.array(sorted(points)).T
         slope, start = np.polyfit(x, seconds, 1)
-        memory_slope, memory_start = np.polyfit(x, anonymous, 1)
-        off = float(np.abs(seconds / (slope * x + start) - 1).max())
-        about = dict(zip(("of", "vocab", "threads"), setting))
-        found.append(about | {"points": [[float(v) for v in point] for point in points], "seconds_per_GB": slope * 1e9,
-                              "seconds_at_0": start, "worst_deviation": off, "bytes_per_byte": memory_slope, "bytes_at_0": memory_start,
-                              "seconds_at_11.9GB": slope * 11.9e9 + start, "memory_at_11.9GB": memory_slope * 11.9e9 + memory_start})
+        more, base = np.polyfit(x, anonymous, 1)
+        found.append({"of": of, "vocab": vocab, "threads": threads, "points": np.array(sorted(points)).tolist(),
+                      "seconds_per_GB": slope * 1e9, "seconds_at_0": start,
+                      "worst_deviation": float(np.abs(seconds / (slope * x + start) - 1).max()),
+                      "bytes_per_byte": more, "bytes_at_0": base,
+                      "seconds_at_11.9GB": slope * 11.9e9 + start, "memory_at_11.9GB": more * 11.9e9 + base})
     return found
 
 
 def read_here(args) -> list[dict]:
+    "The rows of the machine that the newest row is of."
     rows = read_rows(args.rows)
     if not rows: raise SystemExit(f"{args.rows} has no rows: python benchmarks/tokenizers.py run")
-    newest = rows[-1]["machine"]
-    return [row for row in rows if row["machine"] == newest]
+    return [row for row in rows if row["machine"] == rows[-1]["machine"]]
 
 
 def show(args) -> None:
     rows = read_here(args)
     table = medians(rows)
     print(f"{rows[-1]['machine']}, {rows[-1]['date'][:10]}, {rows[-1]['text']}\n")
-    print("| task | size | entries | threads | name | median | MB/s | / ours | anonymous MB | VmHWM MB | same as ours | runs | load up to |\n|" + "---|" * 13)
-    for t in table:
-        if t["task"] in ("cold", "replay", "check"): continue
-        setting = [t.get(k) for k in ("task", "of", "size", "vocab", "characters", "threads")]
-        ours = next((o["seconds"] for o in table if o["name"] == "ours" and [o.get(k) for k in ("task", "of", "size", "vocab", "characters", "threads")] == setting), None)
-        wall, short = t["seconds"], t["task"] == "short"
-        shown = f"{wall * 1e6:.2f} us" if short else f"{wall:.2f} s"
-        speed = "" if short else f"{int(t['size'].removesuffix('MB')) / wall:.0f}"
-        more = f" {t['of']}" if "of" in t else f" {t['characters']}" if short else ""
-        print(f"| {t['task']}{more} | {t['size']} | {t['vocab']:,} | {t['threads']} | {t['name']} {t['version']} | {shown} | {speed} |"
-              f" {f'{wall / ours:.2f}' if ours else ''} | {t.get('anonymous_bytes', 0) / 1e6:.0f} | {t.get('hwm_bytes', 0) / 1e6:.0f} |"
-              f" {t.get('same_as_ours', t.get('right', ''))} | {t['runs']} | {t['highest_load']} |")
-    print("\n| goal | setting | against | ratio | at least | aim |\n|" + "---|" * 6)
+    print("| task | size | entries | threads | name | median | MB/s | / ours | anonymous MB | VmHWM MB | same | runs |")
+    print("|" + "---|" * 12)
+    apart = "cold", "replay", "check"
+    for ours, others in beside_ours([t for t in table if t["task"] not in apart]):
+        for t in [ours, *others.values()]: print(table_row(t, ours))
+    print("\n| goal | against | ratio | at least | aim |\n|" + "---|" * 5)
     for r in ratios(table):
-        print(f"| {r['task']} | {r['size']}, {r['vocab']:,}, {r.get('characters', '')} {r['threads']} thread(s) | {r['against']} | {r['ratio']:.2f} | {r['least']} | {r['aim'] or ''} |")
+        goal = title(r | {"name": "", "turn": 0}).removesuffix(", run 1")
+        print(f"| {goal} | {r['against']} | {r['ratio']:.2f} | {r['least']} | {r['aim'] or ''} |")
     for t in table:
-        if t["task"] in ("cold", "replay", "check"): print(f"\n{t['task']} {t.get('of', '')} {t['name']} {t['size']} {t['vocab']:,}: "
-            + json.dumps({k: v for k, v in t.items() if k in ("import", "empty", "merges") or "_5MB" in k or "different" in k or k in ("most_frequent", "same_order", "ids", "distinct", "pretokens")}))
-    for line in lines(table): print("\nline", json.dumps(line))
+        if t["task"] in apart: print("\n" + json.dumps(rounded(t)))
+    for line in lines(table): print("\nline", json.dumps(rounded(line)))
+
+
+def table_row(t: dict, ours: dict) -> str:
+    short, seconds = t["task"] == "short", t["seconds"]
+    task = f"{t['task']} {t.get('of', t.get('characters', ''))}"
+    wall = f"{seconds * 1e6:.2f} us" if short else f"{seconds:.2f} s"
+    speed = "" if short else f"{int(t['size'].removesuffix('MB')) / seconds:.0f}"
+    memory = " | " if short else f"{t['anonymous_bytes'] / 1e6:.0f} | {t['hwm_bytes'] / 1e6:.0f}"
+    of = seconds / ours["seconds"]
+    return (f"| {task} | {t['size']} | {t['vocab']:,} | {t['threads']} | {t['name']} {t['version']} | {wall} | {speed} | "
+            f"{of:.2f} | {memory} | {t.get('same_as_ours', '')} | {t['runs']} |")
 
 
 def record(args) -> None:
+    "The medians, ratios and lines as a JSON file that the chapters read."
     rows = read_here(args)
-    table = medians(rows)
-    names = {row["name"]: row["version"] for row in rows}
-    measured = [t for t in table if t["task"] not in ("cold", "replay", "check", "line")]
-    pick = lambda task: [{k: v for k, v in t.items() if k not in ("runs", "seconds", "lowest", "highest", "task")} for t in table if t["task"] == task]
-    content = {"machine": rows[-1]["machine"], "python": platform.python_version(), "date": rows[-1]["date"][:10], "text": rows[-1]["text"],
-               "code": next((r["code"] for r in reversed(rows) if "code" in r), None), "versions": names, "ties": TIES, "rows": measured,
-               "ratios": ratios(table), "line": lines(table), "write_up": WRITE_UP, "cold": pick("cold"), "replay": pick("replay"), "check": pick("check")}
+    table, of = medians(rows), lambda *tasks: [t for t in table if t["task"] in tasks]
+    newest = rows[-1]
+    content = {"machine": newest["machine"], "python": platform.python_version(), "date": newest["date"][:10],
+               "text": newest["text"], "code": next((row["code"] for row in reversed(rows) if "code" in row), None),
+               "versions": {row["name"]: row["version"] for row in rows}, "ties": TIES, "write_up": WRITE_UP,
+               "rows": of("train", "encode", "batch", "decode", "short"), "ratios": ratios(table), "line": lines(table),
+               "cold": of("cold"), "replay": of("replay"), "check": of("check")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write(args.output, (json.dumps(rounded(content), indent=1) + "\n").encode())
-    print(f"{args.output}: {len(measured)} rows, {len(content['ratios'])} ratios")
+    print(f"{args.output}: {len(content['rows'])} rows, {len(content['ratios'])} ratios")
 
 
 def rounded(value):
@@ -763,11 +786,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     run, shown, recorded = (tasks.add_parser(name) for name in ("run", "show", "record"))
-    for sub in (run, shown, recorded): sub.add_argument("--rows", type=Path, default=ROOT / "build/benchmark/rows.jsonl")
+    folder = ROOT / "build" / "benchmark"
+    for sub in (run, shown, recorded): sub.add_argument("--rows", type=Path, default=folder / "rows.jsonl")
     data = Path(os.environ.get("CS336_DATA", ROOT / "data"))
     run.add_argument("--text", type=Path, default=data / "web_train.txt")
-    run.add_argument("--work", type=Path, default=ROOT / "build/benchmark", help="folder for files that rows need")
-    run.add_argument("--gpt2", type=Path, help="folder with GPT-2's vocab.json and merges.txt; else 50,257 entries are trained")
+    run.add_argument("--work", type=Path, default=folder, help="folder for files that rows need")
+    run.add_argument("--gpt2", type=Path, help="folder with GPT-2's two files; else 50,257 entries are trained")
     run.add_argument("--sizes", type=numbers, default=[100, 488], help="megabytes of the text")
     run.add_argument("--line-sizes", type=numbers, default=list(LINE_SIZES))
     run.add_argument("--vocab", type=numbers, default=[10_000, 32_000])

@@ -1,16 +1,17 @@
-"""Random texts through the fast and the clear versions of chapters 3 to 6: counting, training, encoding, decoding, files.
+"""Random texts through the fast and the clear versions of chapters 3 to 6: counts, merges, ids, decoding, files.
 
     python tools/fuzz_tokenizer.py --seconds 600 --seed 336 --record figures/runs/fuzz.json
     python tools/fuzz_tokenizer.py --engine compiled --seconds 60
     python tools/fuzz_tokenizer.py --engine plain --seconds 60 --mutate tie
 
-Three engines. `compiled` is what users get. `plain` runs the same functions as Python (NUMBA_DISABLE_JIT) and tells which
-of their lines it has seen. `atheris` (pip install atheris) lets libFuzzer look for texts that reach new lines of those.
-Without --engine all of them run, and each planted mutation must be found: a copy of the package with one change. The same
-seed gives the same texts. A difference is shown with the shortest text that was found to show it; the exit status is 1.
+Three engines. `compiled` is what users get. `plain` runs the same functions as Python (NUMBA_DISABLE_JIT) and tells
+which of their lines it has seen. `atheris` (pip install atheris) lets libFuzzer look for texts that reach new lines of
+those. Without --engine all of them run, and each planted mutation must be found: a copy of the package with one change.
+The same seed gives the same texts. A difference is shown with the shortest text that was found to show it; the exit
+status is then 1.
 """
-import argparse, ast, importlib.util, json, os, platform, random, re, shutil, subprocess, sys, tempfile, threading, time
-import warnings
+import argparse, ast, importlib.util, json, os, platform, random, re, shutil, subprocess, sys, tempfile, threading
+import time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +55,8 @@ class Texts:
 
     def anywhere(self) -> str:
         most = self.rng.choice((0xFF, 0x7FF, 0xFFFF, 0x10FFFF))
-        return "".join(chr(c) for c in (self.rng.randint(0, most) for _ in range(self.rng.randint(1, 40))) if is_character(c))
+        codes = [self.rng.randint(0, most) for _ in range(self.rng.randint(1, 40))]
+        return "".join(chr(c) for c in codes if is_character(c))
 
     def row_of_characters(self) -> str:
         between, start = self.rng.choice(("", "", " ", "a", "1", "'", "a ")), self.at
@@ -66,13 +68,15 @@ class Texts:
         return "".join(chr(c) for c in near if 0 <= c < 0x110000 and is_character(c))
 
     def long_words(self) -> str:
-        piece, width = self.rng.choice(["a", "ab", "é", "日本", "1", "!", " ", "ab ", "😀"]), self.rng.choice((7, 15, 16, 31, 48, 49, 300))
-        return piece * (width + self.rng.randint(-1, 1)) + self.some(ODD, 3)
+        piece = self.rng.choice(["a", "ab", "é", "日本", "1", "!", " ", "ab ", "😀"])
+        width = self.rng.choice((7, 15, 16, 31, 48, 49, 63, 300)) + self.rng.randint(-1, 1)
+        return piece * width + self.some(ODD, 3)
 
     def words(self) -> str:
         letters = self.rng.choice(("ab", "abcdefgh", "aé日'", "ab12"))
         words = [self.some(list(letters), 9) for _ in range(self.rng.randint(1, 8))]
-        return "".join(self.rng.choice(words) + self.rng.choice((" ", " ", "\n", "'s ", ", ")) for _ in range(self.rng.randint(1, 60)))
+        ends = " ", " ", "\n", "'s ", ", "
+        return "".join(self.rng.choice(words) + self.rng.choice(ends) for _ in range(self.rng.randint(1, 60)))
 
     def special_tokens(self) -> list[str]:
         if self.rng.random() < 0.4: return ["<|endoftext|>"]
@@ -146,7 +150,8 @@ class Checks:
         if found := differ(fast, clear): return found
         half = len(case.text) // 2
         texts = [case.text[:half], case.text, case.text[half:]]
-        return differ(tokenizer.encode_batch(texts, num_threads=case.threads), [self.clear_ids(tokenizer, text) for text in texts])
+        fast = tokenizer.encode_batch(texts, num_threads=case.threads)
+        return differ(fast, [self.clear_ids(tokenizer, text) for text in texts])
 
     def stream(self, case: Case):
         tokenizer, rng = self.tokenizer(case), case.rng()
@@ -159,9 +164,11 @@ class Checks:
         import numpy as np
         tokenizer, rng = self.tokenizer(case), case.rng()
         ids = self.clear_ids(tokenizer, case.text)
-        if differs := differ(tokenizer.decode_bytes(np.array(ids, np.int64)), case.text.encode()): return differs
-        ids = [rng.choice(ids or [0]) for _ in ids] + rng.choice(([], [], [tokenizer.vocab_size], [-1], [tokenizer.vocab_size + 5]))
-        return differ(outcome(tokenizer.decode_bytes, np.array(ids, np.int64)), outcome(self.tok.join_tokens, tokenizer.vocab, ids))
+        if found := differ(tokenizer.decode_bytes(np.array(ids, np.int64)), case.text.encode()): return found
+        size = tokenizer.vocab_size
+        ids = [rng.choice(ids or [0]) for _ in ids] + rng.choice(([], [], [size], [-1], [size + 5]))
+        fast = outcome(tokenizer.decode_bytes, np.array(ids, np.int64))
+        return differ(fast, outcome(self.tok.join_tokens, tokenizer.vocab, ids))
 
     def file(self, case: Case):
         if not case.text: return None
@@ -169,7 +176,8 @@ class Checks:
         tokenizer, output = self.tokenizer(case), case.path.with_suffix(".npy")
         case.path.write_bytes(case.text.encode())
         about = without_warnings(self.dataset.encode_file, tokenizer, case.path, output, num_threads=case.threads)
-        return differ(np.load(output).tolist(), self.clear_ids(tokenizer, case.text)) or differ(about.bytes, len(case.text.encode()))
+        found = differ(np.load(output).tolist(), self.clear_ids(tokenizer, case.text))
+        return found or differ(about.bytes, len(case.text.encode()))
 
     def not_utf8(self, case: Case):
         "Bytes changed at random: the same error at the same place, and nothing under the output's name."
@@ -180,7 +188,8 @@ class Checks:
         if not data: return None
         case.path.write_bytes(data)
         clear = outcome(self.pre.count_pretokens_clear, case.path, case.specials)
-        fast = outcome(self.pre.count_pretokens, case.path, case.specials, num_processes=case.threads, chunk_bytes=case.chunk)
+        fast = outcome(self.pre.count_pretokens, case.path, case.specials, num_processes=case.threads,
+                       chunk_bytes=case.chunk)
         if found := differ(fast, clear): return found
         tokenizer, output = self.tokenizer(case), case.path.with_suffix(".npy")
         output.unlink(missing_ok=True)
@@ -199,7 +208,8 @@ class Checks:
     def tokenizer(self, case: Case):
         "One of a few tokenizers with merges of earlier texts, so that word caches fill; each is replaced in the end."
         rng = case.rng()
-        if len(self.tokenizers) < 4 or rng.random() < 0.02: self.tokenizers = [*self.tokenizers[-3:], self.new_tokenizer(case, rng)]
+        if len(self.tokenizers) < 4 or rng.random() < 0.02:
+            self.tokenizers = [*self.tokenizers[-3:], self.new_tokenizer(case, rng)]
         return self.tokenizers[rng.randrange(len(self.tokenizers))]
 
     def new_tokenizer(self, case: Case, rng: random.Random):
@@ -208,7 +218,8 @@ class Checks:
         words = Counter(re.findall(r"\S+|\s+", case.text + " the cat's hat, 日本語 aaaa")).items()
         counts = {word.encode(): n for word, n in words}
         vocab, merges = without_warnings(self.bpe.train_bpe_naive, counts, 256 + 5 * case.merges, [])
-        if rng.random() < 0.5: merges = any_merges(rng, list(vocab.values())[-40:] + [b"a", b"b", b" ", b"'", b"s", b"\xe6"])
+        few = [b"a", b"b", b" ", b"'", b"s", b"\xe6"]
+        if rng.random() < 0.5: merges = any_merges(rng, list(vocab.values())[-40:] + few)
         tokens = list(dict.fromkeys([bytes([b]) for b in range(256)] + [a + b for a, b in merges]))
         ids = list(range(len(tokens)))
         if rng.random() < 0.5: rng.shuffle(ids)
@@ -217,17 +228,15 @@ class Checks:
 
 
 def any_merges(rng: random.Random, tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
-    merges = []
+    "Merges of any two tokens that there are by then."
+    merges, made = [], {bytes([b]) for b in range(256)}
     for _ in range(rng.randint(1, 40)):
-        pair = rng.choice(tokens), rng.choice(tokens)
-        if sum(map(len, pair)) < 30 and pair not in merges:
-            merges.append(pair)
-            tokens.append(pair[0] + pair[1])
-    made = {bytes([b]) for b in range(256)}
-    kept = []
-    for a, b in merges:
-        if a in made and b in made: kept.append((a, b)); made.add(a + b)
-    return kept
+        left, right = rng.choice(tokens), rng.choice(tokens)
+        if {left, right} <= made and len(left + right) < 30 and (left, right) not in merges:
+            merges.append((left, right))
+            tokens.append(left + right)
+            made.add(left + right)
+    return merges
 
 
 def differ(fast, clear) -> str | None:
@@ -315,7 +324,8 @@ class Seen:
         for path, (module, lines) in self.files.items():
             ran = {n for file, n in self.lines if file == path} & lines
             text = Path(path).read_text(encoding="utf-8").splitlines()
-            if lines: found[module] = {"lines": len(lines), "ran": len(ran), "not_run": [text[n - 1].strip() for n in sorted(lines - ran)]}
+            not_run = [text[n - 1].strip() for n in sorted(lines - ran)]
+            if lines: found[module] = {"lines": len(lines), "ran": len(ran), "not_run": not_run}
         return found
 
 
@@ -325,8 +335,8 @@ def compiled_lines(path: Path) -> set[int]:
     marked = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
               and any("compiled" in ast.unparse(decorator) for decorator in node.decorator_list)]
     inside = {n for node in marked for n in range(node.body[0].lineno, node.end_lineno + 1)}
-    return {line for code in codes(compile(source, str(path), "exec")) for _, _, line in code.co_lines() if line in inside
-            and code.co_name != "<module>"}
+    functions = [code for code in codes(compile(source, str(path), "exec")) if code.co_name != "<module>"]
+    return {line for code in functions for _, _, line in code.co_lines() if line in inside}
 
 
 def codes(code) -> Iterator:
@@ -338,7 +348,7 @@ def codes(code) -> Iterator:
 def run_atheris(seed: int, seconds: float) -> None:
     "libFuzzer chooses the text and the seed of the rest; it ends the process."
     import atheris
-    with atheris.instrument_imports(include=["cs336_lm.pretokenization", "cs336_lm.bpe", "cs336_lm.tokenizer", "cs336_lm.dataset"]):
+    with atheris.instrument_imports(include=[f"cs336_lm.{module}" for module in MODULES]):
         checks = Checks()
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     texts = Texts(seed)
@@ -348,9 +358,11 @@ def run_atheris(seed: int, seconds: float) -> None:
         case = Case(texts, provider.ConsumeUnicodeNoSurrogates(200), 0, folder)
         for name in NAMES:
             if found := failure(checks, name, case):
-                print(json.dumps({"check": name, "said": found, "text": case.text, "special_tokens": case.specials}), flush=True)
+                found = {"check": name, "said": found, "text": case.text, "special_tokens": case.specials}
+                print(json.dumps(found), flush=True)
                 os._exit(77)
-    atheris.Setup([sys.argv[0], f"-max_total_time={int(seconds)}", f"-seed={seed}", "-print_final_stats=1", "-max_len=600"], one)
+    options = f"-max_total_time={int(seconds)}", f"-seed={seed}", "-print_final_stats=1", "-max_len=600"
+    atheris.Setup([sys.argv[0], *options], one)
     atheris.Fuzz()
 
 
@@ -371,9 +383,11 @@ def engine_process(engine: str, seed: int, seconds: float, package: Path = ROOT)
 def atheris_result(done, lines: list[str], seconds: float) -> dict:
     number = lambda pattern: int((re.findall(pattern, done.stderr) or ["0"])[-1])
     found = json.loads(lines[-1]) if done.returncode == 77 and lines else None
-    if found is None and "number_of_executed_units" not in done.stderr: raise SystemExit(f"atheris broke off: {done.stderr.strip()[-500:]}")
+    if found is None and "number_of_executed_units" not in done.stderr:
+        raise SystemExit(f"atheris broke off: {done.stderr.strip()[-500:]}")
     texts = number(r"number_of_executed_units: (\d+)")
-    return {"texts": texts, "executions": texts * len(NAMES), "seconds": seconds, "edges_covered": number(r"cov: (\d+)"), "different": found}
+    return {"texts": texts, "executions": texts * len(NAMES), "seconds": seconds, "edges_covered": number(r"cov: (\d+)"),
+            "different": found}
 
 
 def mutated(name: str, folder: Path) -> Path:
@@ -382,39 +396,47 @@ def mutated(name: str, folder: Path) -> Path:
     shutil.copytree(ROOT / "cs336_lm", folder / "cs336_lm", ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "cs336_lm" / f"{module}.py"
     source = path.read_text(encoding="utf-8")
-    if source.count(old) != 1: raise SystemExit(f"the mutation {name} fits {source.count(old)} places of {module}.py: look at MUTATIONS")
+    if source.count(old) != 1:
+        raise SystemExit(f"the mutation {name} fits {source.count(old)} places of {module}.py, not 1: look at MUTATIONS")
     path.write_text(source.replace(old, new), encoding="utf-8")
     return folder
 
 
 def find_mutation(name: str, engine: str, seed: int, seconds: float) -> dict:
-    with tempfile.TemporaryDirectory() as folder: done = engine_process(engine, seed, seconds, mutated(name, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        done = engine_process(engine, seed, seconds, mutated(name, Path(folder)))
     module, old, new = MUTATIONS[name]
     return {"module": module, "instead_of": old, "planted": new, "engine": engine,
             "caught": done["different"] is not None, "executions": done["executions"], "by": (done["different"] or {}).get("check")}
 
 
 def show(engine: str, done: dict) -> None:
-    print(f"{engine}: {done['executions']:,} executions on {done['texts']:,} texts in {done['seconds']:.0f} s, "
-          + (f"DIFFERENT: {json.dumps(done['different'], ensure_ascii=False)}" if done["different"] else "no difference"), flush=True)
-    for module, lines in done.get("coverage", {}).items(): print(f"  {module}: {lines['ran']} of {lines['lines']} compiled lines ran")
+    found = f"DIFFERENT: {json.dumps(done['different'])}" if done["different"] else "no difference"
+    print(f"{engine}: {done['executions']:,} executions on {done['texts']:,} texts in {done['seconds']:.0f} s, {found}")
+    for module, lines in done.get("coverage", {}).items():
+        print(f"  {module}: {lines['ran']} of {lines['lines']} compiled lines ran", flush=True)
+
+
+SHARES = {"compiled": 0.6, "plain": 0.25, "atheris": 0.15}
 
 
 def run(args) -> int:
-    engines = [args.engine] if args.engine else ["compiled", "plain"] + ["atheris"] * bool(importlib.util.find_spec("atheris"))
-    share = {"compiled": 0.6, "plain": 0.25, "atheris": 0.15} if len(engines) == 3 else {"compiled": 0.7, "plain": 0.3}
-    record = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "python": platform.python_version(), "seed": args.seed, "engines": {}, "mutations": {}}
+    "The engines one after the other, then the mutations; 0 if all is as it should be."
+    engines = [args.engine] if args.engine else [e for e in SHARES if e != "atheris" or importlib.util.find_spec(e)]
+    parts = {engine: SHARES[engine] / sum(SHARES[e] for e in engines) for engine in engines}
+    done, mutations = {}, {}
     for engine in engines:
-        seconds = args.seconds * (1 if args.engine else share[engine])
-        show(engine, done := engine_process(engine, args.seed, seconds))
-        record["engines"][engine] = done
+        done[engine] = engine_process(engine, args.seed, args.seconds * parts[engine])
+        show(engine, done[engine])
     for name in [] if args.engine else MUTATIONS:
-        found = record["mutations"][name] = find_mutation(name, "compiled", args.seed, 60)
-        print(f"{name}: {'caught' if found['caught'] else 'MISSED'} after {found['executions']:,} executions by {found['by']}", flush=True)
-    record |= {"executions": sum(done["executions"] for done in record["engines"].values()),
-               "seconds": sum(done["seconds"] for done in record["engines"].values())}
-    if args.record: args.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return int(any(done["different"] for done in record["engines"].values()) or not all(m["caught"] for m in record["mutations"].values()))
+        found = mutations[name] = find_mutation(name, "compiled", args.seed, 120)
+        print(f"{name}: {'caught' if found['caught'] else 'MISSED'} after {found['executions']:,} executions", flush=True)
+    about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "python": platform.python_version(), "seed": args.seed}
+    about |= {field: round(sum(d[field] for d in done.values())) for field in ("executions", "seconds")}
+    text = json.dumps(about | {"engines": done, "mutations": mutations}, indent=1) + "\n"
+    if args.record: args.record.write_text(text, encoding="utf-8")
+    good = not any(d["different"] for d in done.values()) and all(m["caught"] for m in mutations.values())
+    return 0 if good else 1
 
 
 def main() -> int:
