@@ -27,7 +27,7 @@ def bench(*arguments, expect: int = 0, **env) -> str:
 
 
 def run(folder: Path, *only, **more) -> str:
-    few = "--repeats", 1, "--sizes", 1, "--vocab", 300, "--threads", 1
+    few = "--repeats", 1, "--sizes", 1, "--vocab", 280, "--threads", 1
     return bench("run", "--text", folder / "text.txt", "--work", folder, "--rows", folder / "rows.jsonl", *few, "--only", *only, **more)
 
 
@@ -35,9 +35,9 @@ def test_rows_are_made_once_and_recorded(folder):
     assert "1 rows, 0 of them done" in run(folder, "train", "ours")
     assert "1 rows, 1 of them done" in run(folder, "train", "ours")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 1 and rows[0]["merges"] == 43 and rows[0]["seconds"] > 0
+    assert len(rows) == 1 and rows[0]["merges"] == 23 and rows[0]["seconds"] > 0
     shown = bench("show", "--rows", folder / "rows.jsonl")
-    assert "| train | 1MB | 300 | 1 | ours" in shown
+    assert "| train | 1MB | 280 | 1 | ours" in shown
     bench("record", folder / "record.json", "--rows", folder / "rows.jsonl")
     record = json.loads((folder / "record.json").read_text())
     assert [row["name"] for row in record["rows"]] == ["ours"] and record["machine"] in rows[0]["machine"]
@@ -48,7 +48,7 @@ def test_peers_are_compared(folder):
     run(folder, "train,replay", "ours,rustbpe")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     replayed = {row["name"]: (row["most_frequent"], row["merges"]) for row in rows if row["task"] == "replay"}
-    assert replayed == {"ours": (43, 43), "rustbpe": (43, 43)}
+    assert replayed == {"ours": (23, 23), "rustbpe": (23, 23)}
 
 
 def test_a_missing_peer_is_named(folder, tmp_path):

@@ -40,4 +40,4 @@ def test_a_difference_is_made_small(fuzz):
     class Checks:
         def holds(self, case): return "bad" if "x" in case.text and "y" in case.text else None
     case = type("Case", (), {"text": "many words, x among them, and y too"})()
-    assert fuzz.shortest(Checks(), "holds", case) == "xy"
+    assert sorted(fuzz.shortest(Checks(), "holds", case)) == ["x", "y"]
