@@ -19,15 +19,16 @@ from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['PATTERN', 'MIN_PARALLEL_BYTES', 'EDGE', 'LETTER', 'NUMBER', 'OTHER', 'SPACE', 'BLANK', 'QUOTE', 'MAYBE_CONTRACTION',
-           'LOOK', 'BLOCK', 'TWINS', 'MIN_COMPILED_BYTES', 'pretokenize', 'kind', 'check_special_tokens',
-           'split_special', 'count_text', 'kinds_part', 'is_safe_cut', 'read_text', 'read_chunks',
-           'count_pretokens_clear', 'three_kinds_rule', 'kind_table', 'compiled', 'load_compiled', 'read_code_point',
-           'same_bytes', 'special_width', 'contraction_width', 'scan_tables', 'look_closer', 'find_pieces', 'mask_of',
-           'block_masks', 'byte_mask', 'lowest_bit', 'eight_bytes', 'prefetch', 'vector_code', 'bits_below', 'add_wide',
-           'mark_starts', 'carry', 'mark_contractions', 'first_special', 'find_starts', 'write_places', 'word_key',
-           'add_short', 'bytes_hash', 'find_long', 'add_long', 'count_pieces', 'pour', 'WordTable', 'Words',
-           'copy_words', 'words_in_order', 'kinds_part_at', 'contraction_letter', 'special_beside', 'last_safe_cut',
-           'count_words', 'say_if_slow', 'compiled_ready', 'count_pretokens']
+           'LOOK', 'BLOCK', 'TWINS', 'BATCH', 'NO_KEY', 'MIN_COMPILED_BYTES', 'pretokenize', 'kind',
+           'check_special_tokens', 'split_special', 'count_text', 'kinds_part', 'is_safe_cut', 'read_text',
+           'read_chunks', 'count_pretokens_clear', 'three_kinds_rule', 'kind_table', 'compiled', 'load_compiled',
+           'read_code_point', 'same_bytes', 'special_width', 'contraction_width', 'scan_tables', 'look_closer',
+           'find_pieces', 'mask_of', 'block_masks', 'byte_mask', 'lowest_bit', 'count_bits', 'eight_bytes', 'prefetch',
+           'vector_code', 'bits_below', 'add_wide', 'mark_starts', 'carry', 'mark_contractions', 'first_special',
+           'write_places', 'find_starts', 'word_key', 'first_row', 'add_short', 'part_of', 'long_hash', 'same_word',
+           'add_long', 'prepare_batch', 'add_word', 'count_pieces', 'pour', 'WordTable', 'Words', 'copy_words',
+           'words_in_order', 'kinds_part_at', 'contraction_letter', 'special_beside', 'last_safe_cut', 'count_words',
+           'say_if_slow', 'compiled_ready', 'count_pretokens']
 
 # %% ../nbs/03_pretokenization.ipynb #8e0ee28d
 # GPT-2's pre-tokenization pattern (Radford et al., 2019), for the module `regex`.
@@ -353,11 +354,17 @@ def byte_mask(text, i, byte):
 
 
 def lowest_bit(mask):
-    "The place of the lowest bit of a mask that is not 0."
+    "The place of the lowest bit of a mask, 64 if it has none."
     k = 0
-    for width in (32, 16, 8, 4, 2, 1):
-        if mask >> np.uint64(k) & (np.uint64(1) << np.uint64(width)) - np.uint64(1) == np.uint64(0): k += width
+    while k < 64 and mask >> np.uint64(k) & np.uint64(1) == np.uint64(0): k += 1
     return k
+
+
+def count_bits(mask):
+    "How many bits of a mask are set."
+    n = np.uint64(0)
+    for k in range(64): n += mask >> np.uint64(k) & np.uint64(1)
+    return n
 
 # %% ../nbs/03_pretokenization.ipynb #80a28ff8
 def eight_bytes(words, i):
@@ -372,7 +379,7 @@ def prefetch(table, row):
 # %% ../nbs/03_pretokenization.ipynb #c3ee4f98
 @lru_cache(maxsize=1)
 def vector_code() -> dict[str, Callable]:
-    "VECTOR INTRINSICS: LLVM code for the five functions above, by name. Loads are not checked for bounds."
+    "VECTOR INTRINSICS: LLVM code for the six functions above, by name. Loads are not checked for bounds."
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
@@ -412,8 +419,13 @@ def vector_code() -> dict[str, Callable]:
 
     @intrinsic
     def lowest_bit(typing, mask):
-        def write(context, builder, signature, args): return builder.cttz(args[0], bit(1))
+        def write(context, builder, signature, args): return builder.cttz(args[0], bit(0))
         return types.intp(types.uint64), write
+
+    @intrinsic
+    def count_bits(typing, mask):
+        def write(context, builder, signature, args): return builder.ctpop(args[0])
+        return types.uint64(types.uint64), write
 
     @intrinsic
     def eight_bytes(typing, words, i):
@@ -432,16 +444,17 @@ def vector_code() -> dict[str, Callable]:
             return context.get_dummy_value()
         return types.void(table, types.intp), write
 
-    return {f.__name__: f for f in (block_masks, byte_mask, lowest_bit, eight_bytes, prefetch)}
+    return {f.__name__: f for f in (block_masks, byte_mask, lowest_bit, count_bits, eight_bytes, prefetch)}
 
 # %% ../nbs/03_pretokenization.ipynb #f9c0e68d
-TWINS = {f.__name__: f for f in (block_masks, byte_mask, lowest_bit, eight_bytes, prefetch)}
+TWINS = {f.__name__: f for f in (block_masks, byte_mask, lowest_bit, count_bits, eight_bytes, prefetch)}
 
 
 def _try_masks(text, words):
     masks = block_masks(text, 3)
     prefetch(words, 1)
-    return masks + (byte_mask(text, 3, text[7]), np.uint64(lowest_bit(masks[2])), eight_bytes(words, 13))
+    return masks + (byte_mask(text, 3, text[7]), np.uint64(lowest_bit(masks[2])), count_bits(masks[0]),
+                    np.uint64(lowest_bit(masks[5] ^ masks[5])), eight_bytes(words, 13))
 
 
 def _choose_twins() -> None:
@@ -522,17 +535,27 @@ def mark_contractions(text, base, quotes, starts, limit, edge):
 
 # %% ../nbs/03_pretokenization.ipynb #1e66b191
 @compiled
-def first_special(text, base, size, limit, tables):
-    "Where the first special token of the block begins, at `limit` at most, and its width, 0 if there is none."
-    mask = np.uint64(0)
-    for byte in tables[5]: mask |= byte_mask(text, base, byte)
-    while mask:
-        k = lowest_bit(mask)
+def first_special(text, base, size, limit, places, tokens, token_ends):
+    "The first of `places`, at `limit` at most, where a special token begins, and its width; else `limit` and 0."
+    while places:
+        k = lowest_bit(places)
         if k > limit: break
-        width = special_width(text, base + k, size, tables[3], tables[4])
+        width = special_width(text, base + k, size, tokens, token_ends)
         if width: return k, width
-        mask &= mask - np.uint64(1)
+        places &= places - np.uint64(1)
     return limit, 0
+
+# %% ../nbs/03_pretokenization.ipynb #addefaa1
+@compiled
+def write_places(mask, base, starts, count):
+    "Write the places of the bits of a mask, and up to three more numbers; how many are written now."
+    written = count + count_bits(mask)
+    while mask:
+        for k in range(np.uint64(4)):
+            starts[count + k] = base + lowest_bit(mask)
+            mask &= mask - np.uint64(1)
+        count += np.uint64(4)
+    return written
 
 # %% ../nbs/03_pretokenization.ipynb #09ec8c10
 @compiled
@@ -540,9 +563,9 @@ def find_starts(text, size, tables, starts):
     """Write where each piece of text[:size] starts, special tokens as ~start, then `size`; how many there are.
 
     The same as `find_pieces`, 64 bytes at a time. Where the text is not UTF-8, the result is ~position.
-    `text` (uint8) has at least size + 64 bytes, of any value after `size`; `starts` (int32) room for size + 2."""
-    if len(text) < size + 64 or len(starts) < size + 2 or size > 2**31 - 128: raise ValueError("find_starts: no room")
-    none = np.uint64(0)
+    `text` (uint8) has at least size + 64 bytes, of any value after `size`; `starts` (int32) room for size + 64."""
+    if len(text) < size + 64 or len(starts) < size + 64 or size > 2**31 - 128: raise ValueError("find_starts: no room")
+    none, kinds, tokens, token_ends, firsts = np.uint64(0), tables[1], tables[3], tables[4], tables[5]
     count, base, before = none, 0, (none, none, none, none, none)
     while base < size:
         letters, numbers, spaces, plain, quotes, high = block_masks(text, base)
@@ -550,12 +573,14 @@ def find_starts(text, size, tables, starts):
         edge, limit, special = size - base < 64, min(size - base, 63), 0
         if edge: high &= bits_below(limit)
         if high:
-            letters, numbers, spaces, two, three, followers, whole = add_wide(text, base, size, tables[1], high,
+            letters, numbers, spaces, two, three, followers, whole = add_wide(text, base, size, kinds, high,
                                                                               letters, numbers, spaces)
             if whole < 0: return ~(base + ~whole)
             if not edge: limit = whole - 1
             while not edge and followers >> np.uint64(limit) & np.uint64(1): limit -= 1
-        if len(tables[5]): limit, special = first_special(text, base, size, limit, tables)
+        begins = none
+        for n in range(len(firsts)): begins |= byte_mask(text, base, firsts[n])
+        if begins: limit, special = first_special(text, base, size, limit, begins, tokens, token_ends)
         edge = edge or special > 0
         found = mark_starts(letters, numbers, spaces, plain, two, three, followers, before, limit, edge)
         if quotes & found: found, limit = mark_contractions(text, base, quotes, found, limit, edge)
@@ -565,16 +590,6 @@ def find_starts(text, size, tables, starts):
         base += limit + special
     starts[count] = size
     return np.int64(count)
-
-
-@compiled
-def write_places(mask, base, starts, count):
-    "Write the places of the bits of a mask; how many are written now. (Unsigned, `count` is no index from the end.)"
-    while mask:
-        starts[count] = base + lowest_bit(mask)
-        mask &= mask - np.uint64(1)
-        count += np.uint64(1)
-    return count
 
 # %% ../nbs/03_pretokenization.ipynb #dc391fb5
 @compiled
@@ -587,106 +602,160 @@ def word_key(words, begin, width):
 
 # %% ../nbs/03_pretokenization.ipynb #44b8b407
 @compiled
+def first_row(low, high, rows):
+    "Where the search for a key begins in a table of `rows` (a power of two) rows."
+    mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)  # odd, bits spread
+    return np.int64((mixed ^ mixed >> np.uint64(32)) & np.uint64(rows - 1))
+
+
+@compiled
 def add_short(short, low, high, times, place):
     "Count a word of at most 15 bytes; 1 if it is new. Rows: low, high, count, first place; high is 0 in free ones."
-    mask = np.uint64(len(short) - 1)
-    mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)  # odd, bits spread
-    row = (mixed ^ mixed >> np.uint64(32)) & mask
+    row = first_row(low, high, len(short))
     while short[row, 1] != np.uint64(0):
         if short[row, 1] == high and short[row, 0] == low:
             short[row, 2] += times
             short[row, 3] = min(short[row, 3], place)
             return 0
-        row = (row + np.uint64(1)) & mask
+        row = (row + 1) & (len(short) - 1)
     short[row, 0], short[row, 1], short[row, 2], short[row, 3] = low, high, times, place
     return 1
 
 # %% ../nbs/03_pretokenization.ipynb #f2de6276
 @compiled
-def bytes_hash(text, begin, width):
-    mixed = np.uint64(0xCBF29CE484222325)
-    for i in range(begin, begin + width): mixed = (mixed ^ np.uint64(text[i])) * np.uint64(0x100000001B3)
-    return mixed ^ mixed >> np.uint64(29)
+def part_of(words, begin, width, k):
+    "The bytes k..k+7 of the word of `width` bytes at `begin`, zeros after its end."
+    return eight_bytes(words, begin + k) & ~np.uint64(0) >> np.uint64(8 * max(k + 8 - width, 0))
 
 
 @compiled
-def find_long(long, store, text, begin, width, mixed):
-    "The row of the word text[begin:begin + width], or the free row where it belongs."
-    row = mixed & np.uint64(len(long) - 1)
-    while long[row, 2] != np.uint64(0):
-        if long[row, 0] == mixed and long[row, 2] == np.uint64(width):
-            if same_bytes(store, np.int64(long[row, 1]), text, begin, width): return row
-        row = (row + np.uint64(1)) & np.uint64(len(long) - 1)
-    return row
+def long_hash(words, begin, width):
+    mixed = np.uint64(width)
+    for k in range(0, width, 8):
+        mixed = (mixed ^ part_of(words, begin, width, k)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+@compiled
+def same_word(store, at, words, begin, width):
+    for k in range(0, width, 8):
+        if store[at + (k >> 3)] != part_of(words, begin, width, k): return False
+    return True
 
 # %% ../nbs/03_pretokenization.ipynb #12cd5d08
 @compiled
-def add_long(long, store, stored, text, begin, width, times, place):
-    "Count a longer word; the bytes that it adds to the store, of which `stored` are in use."
-    mixed = bytes_hash(text, begin, width)
-    row = find_long(long, store, text, begin, width, mixed)
-    known = long[row, 2] != np.uint64(0)
-    if not known:
-        store[stored:stored + width] = text[begin:begin + width]
-        long[row, 0], long[row, 1], long[row, 2], long[row, 4] = mixed, np.uint64(stored), np.uint64(width), place
-    long[row, 3] += times
-    long[row, 4] = min(long[row, 4], place)
-    return 0 if known else width
+def add_long(long, store, stored, words, begin, width, times, place):
+    "Count a longer word; the numbers that it adds to the store, of which `stored` are in use."
+    mixed = long_hash(words, begin, width)
+    row = np.int64(mixed & np.uint64(len(long) - 1))
+    while long[row, 2] != np.uint64(0):
+        if (long[row, 0] == mixed and long[row, 2] == np.uint64(width)
+                and same_word(store, np.int64(long[row, 1]), words, begin, width)):
+            long[row, 3] += times
+            long[row, 4] = min(long[row, 4], place)
+            return 0
+        row = (row + 1) & (len(long) - 1)
+    for k in range(0, width, 8): store[stored + (k >> 3)] = part_of(words, begin, width, k)
+    long[row, 0], long[row, 1], long[row, 2] = mixed, np.uint64(stored), np.uint64(width)
+    long[row, 3], long[row, 4] = times, place
+    return (width + 7) >> 3
 
 # %% ../nbs/03_pretokenization.ipynb #851c2802
+BATCH, NO_KEY = 64, 0xFFFFFFFFFFFFFFFF
+
+
 @compiled
-def count_pieces(text, words, starts, piece, pieces, offset, short, long, store, used):
+def prepare_batch(words, starts, piece, n, short, batch):
+    "Keys and first rows of `n` pieces from `piece` on, the rows asked for."
+    for k in range(n):
+        begin, end = np.int64(starts[piece + k]), np.int64(starts[piece + k + 1])
+        width = (end ^ end >> 63) - begin  # x ^ x >> 63 is x, or ~x where that is negative
+        low = high = np.uint64(NO_KEY)
+        if 0 <= begin and width < 16: low, high = word_key(words, begin, width)
+        row = first_row(low, high, len(short))
+        prefetch(short, row)
+        batch[k, 0], batch[k, 1], batch[k, 2] = low, high, np.uint64(row)
+
+# %% ../nbs/03_pretokenization.ipynb #7c3da8f0
+@compiled
+def add_word(words, begin, width, place, low, high, short, long, store, used):
+    "Count a word that its first row did not settle; False if there is no room for it."
+    if 2 * used[0] >= len(short) or 2 * used[1] >= len(long) or 8 * used[2] + width > 8 * len(store) - 16: return False
+    if width < 16: used[0] += add_short(short, low, high, np.uint64(1), place)
+    else:
+        added = add_long(long, store, used[2], words, begin, width, np.uint64(1), place)
+        used[1] += added > 0
+        used[2] += added
+    return True
+
+# %% ../nbs/03_pretokenization.ipynb #514e3595
+@compiled
+def count_pieces(words, starts, piece, pieces, offset, short, long, store, used, batch):
     """Count the pieces from `piece` on, special tokens left out; the first one for which there was no room.
 
-    `used`: short words, long words, bytes of the store; `offset` is the place of the text in its file."""
+    `used`: short words, long words, numbers of the store; `offset` is the place of the text in its file, greater in
+    each call, so that the first place of a word is where it is added."""
+    if 8 * len(words) < starts[pieces] + BLOCK: raise ValueError("count_pieces: no room after the text")
     while piece < pieces:
-        begin, end = starts[piece], starts[piece + 1]
-        width, place = (end if end >= 0 else ~end) - begin, np.uint64(offset + begin)
-        if begin < 0: pass
-        elif 2 * used[0] >= len(short) or 2 * used[1] >= len(long) or used[2] + width > len(store): return piece
-        elif width < 16:
-            low, high = word_key(words, begin, width)
-            used[0] += add_short(short, low, high, np.uint64(1), place)
-        else:
-            added = add_long(long, store, used[2], text, begin, width, np.uint64(1), place)
-            used[1] += added > 0
-            used[2] += added
-        piece += 1
+        n = min(BATCH, pieces - piece)
+        prepare_batch(words, starts, piece, n, short, batch)
+        for k in range(n):
+            low, high, row = batch[k, 0], batch[k, 1], np.int64(batch[k, 2])
+            if short[row, 0] == low and short[row, 1] == high:
+                short[row, 2] += np.uint64(1)
+                continue
+            begin, end = np.int64(starts[piece + k]), np.int64(starts[piece + k + 1])
+            if begin < 0: continue
+            place, width = np.uint64(offset + begin), (end ^ end >> 63) - begin
+            if not add_word(words, begin, width, place, low, high, short, long, store, used): return piece + k
+        piece += n
     return piece
 
 # %% ../nbs/03_pretokenization.ipynb #1abdf390
 @compiled
 def pour(short, long, store, into_short, into_long, into_store, used):
     "Add all words of one table to another, which has room for them."
-    for row in short:
-        if row[1] != np.uint64(0): used[0] += add_short(into_short, row[0], row[1], row[2], row[3])
-    for row in long:
-        if row[2] != np.uint64(0):
-            begin, width = np.int64(row[1]), np.int64(row[2])
-            added = add_long(into_long, into_store, used[2], store, begin, width, row[3], row[4])
+    for k in range(len(short)):
+        if short[k, 1] != np.uint64(0):
+            used[0] += add_short(into_short, short[k, 0], short[k, 1], short[k, 2], short[k, 3])
+    for k in range(len(long)):
+        if long[k, 2] != np.uint64(0):
+            begin, width = 8 * np.int64(long[k, 1]), np.int64(long[k, 2])
+            added = add_long(into_long, into_store, used[2], store, begin, width, long[k, 3], long[k, 4])
             used[1] += added > 0
             used[2] += added
 
 # %% ../nbs/03_pretokenization.ipynb #a8db437e
+def _aligned_zeros(rows: int, columns: int) -> np.ndarray:
+    "Rows of numbers from an address on that 64 divides: no row of four lies in two cache lines."
+    room = np.zeros(rows * columns + 8, np.uint64)
+    first = -room.ctypes.data % 64 // 8
+    return room[first:first + rows * columns].reshape(rows, columns)
+
+
 class WordTable:
     "Words and how often each was counted, in arrays that compiled code can fill; memory grows with distinct words."
 
-    def __init__(self, room=(1 << 15, 1 << 11, 1 << 18)):
+    def __init__(self, room=(1 << 15, 1 << 11, 1 << 15)):
         short, long, store = (1 << int(n).bit_length() for n in room)
-        self.short, self.long = np.zeros((2 * short, 4), np.uint64), np.zeros((2 * long, 5), np.uint64)
-        self.store, self.used = np.zeros(store, np.uint8), np.zeros(3, np.int64)
+        self.short, self.long = _aligned_zeros(2 * short, 4), _aligned_zeros(2 * long, 5)
+        self.store, self.used = np.zeros(store + 2, np.uint64), np.zeros(3, np.int64)
+        self.batch = _aligned_zeros(BATCH, 3)
 
     def make_room(self, short: int, long: int, store: int) -> None:
-        "Room for so many more short words, long words and bytes of long words."
-        room = np.maximum(self.used + (short, long, store), (len(self.short) // 4, len(self.long) // 4, 1 << 17))
+        "Room for so many more short words, long words and numbers of long words' store."
+        room = np.maximum(self.used + (short, long, store), (len(self.short) // 4, len(self.long) // 4, 1 << 14))
         old, self.__dict__ = self.__dict__, WordTable(room).__dict__
         pour(old["short"], old["long"], old["store"], self.short, self.long, self.store, self.used)
 
-    def count(self, text, words, starts, pieces: int, offset: int) -> None:
-        "Count the pieces that `find_pieces` found in a text that begins at `offset` in its file."
-        piece = 0
-        while (piece := count_pieces(text, words, starts, piece, pieces, offset, self.short, self.long, self.store,
-                                     self.used)) < pieces: self.make_room(1, 1, int(abs(starts[piece + 1])))
+    def count(self, words, starts, pieces: int, offset: int) -> None:
+        "Count the pieces that `find_starts` found in a text that begins at `offset` in its file."
+        piece, more = 0, lambda used, table: len(table) if 2 * used >= len(table) else 0
+        while (piece := count_pieces(words, starts, piece, pieces, offset, self.short, self.long, self.store,
+                                     self.used, self.batch)) < pieces:
+            self.make_room(more(self.used[0], self.short), more(self.used[1], self.long),
+                           abs(int(starts[piece + 1]) - int(starts[piece])) // 8 + 3)
 
     def absorb(self, other: WordTable) -> None:
         "Add the counts of another table."
@@ -715,7 +784,8 @@ def copy_words(short, long, store, rows, ends, text):
         row, end = rows[n], ends[n]
         if row < 0:
             stored = np.int64(long[~row, 1])
-            text[begin:end] = store[stored:stored + end - begin]
+            for k in range(end - begin):
+                text[begin + k] = store[stored + (k >> 3)] >> np.uint64(8 * (k & 7)) & np.uint64(255)
         else:
             for k in range(end - begin): text[begin + k] = short[row, k >> 3] >> np.uint64(8 * (k & 7)) & np.uint64(255)
         begin = end
@@ -784,7 +854,7 @@ class _Buffers:
 
     def make_room(self, size: int) -> None:
         self.words = np.zeros(size // 8 + 9, np.uint64)  # the text and BLOCK bytes more
-        self.text, self.starts = self.words.view(np.uint8), np.empty(size + 2, np.int64)
+        self.text, self.starts = self.words.view(np.uint8), np.empty(size + BLOCK, np.int32)
 
 # %% ../nbs/03_pretokenization.ipynb #767c3618
 class _ChunkReader:
@@ -823,7 +893,7 @@ def _next_chunk(reader: _ChunkReader, buffers: _Buffers) -> tuple[int, int]:
         at, cut, want = reader.at, 0, reader.chunk_bytes
         while cut == 0 and at < reader.size and not reader.stopped:
             size, want = min(want, reader.size - at), 2 * want
-            if len(buffers.starts) < size + 2: buffers.make_room(size)
+            if len(buffers.starts) < size + BLOCK: buffers.make_room(size)
             _read_exactly(reader, at, memoryview(buffers.text)[:size])
             cut = size if at + size == reader.size else last_safe_cut(buffers.text, size, reader.tables)
             if cut == 0: _note_fault(buffers.text[:size], at, reader, final=False)
@@ -848,8 +918,8 @@ def _count_chunks(reader: _ChunkReader) -> WordTable:
         while True:
             at, size = _next_chunk(reader, buffers)
             if size == 0: return table
-            pieces = find_pieces(buffers.text, size, reader.tables, buffers.starts)
-            if pieces >= 0: table.count(buffers.text, buffers.words, buffers.starts, pieces, at)
+            pieces = find_starts(buffers.text, size, reader.tables, buffers.starts)
+            if pieces >= 0: table.count(buffers.words, buffers.starts, pieces, at)
             elif not _note_fault(buffers.text[:size], at, reader):
                 raise AssertionError(f"two decoders disagree at {at:,}")
     finally: reader.stopped = True  # after an error the other threads need not go on
@@ -907,7 +977,7 @@ def _try_once() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.txt"
         path.write_text("Don't ask<|endoftext|>why a-long-word-is-here or_____________________not", encoding="utf-8")
-        words = count_words(path, ["<|endoftext|>"], chunk_bytes=16)
+        words = count_words(path, ["<|endoftext|>"], num_threads=2, chunk_bytes=16)
     return words.counts.sum() > 0
 
 # %% ../nbs/03_pretokenization.ipynb #44264119
