@@ -34,7 +34,7 @@ MUTATIONS = {
 
 # -- texts
 
-ODD = list("aslvertdm'1½Ⅷ٣ \t\n\r\x0b\x1c\x85\xa0\u1680\u2003\u2028\u3000\u200b\ufeff!|<>é日。😀\u0301ーｱ̈") + [
+ODD = list("aslvertdm'1½Ⅷ٣ \t\n\r\x0b\x1c\x85\xa0\u1680\u2003\u2028\u3000\u200b\ufeff!|<>é日。😀\u0301ー") + [
     "'s", "'ll", "'re", "  ", "\r\n", "<|endoftext|>", "<|end", "|>", "👩\u200d👧", " 'tis", "don't", "…’s"]
 
 
@@ -102,7 +102,8 @@ class Case:
 
     def __init__(self, texts: Texts, text: str, number: int, folder: Path):
         rng = random.Random(f"{number} {texts.rng.random()}")
-        self.text, self.specials, self.path, self.rng_seed = text, texts.special_tokens(), folder / "text.txt", rng.random()
+        self.text, self.specials, self.path = text, texts.special_tokens(), folder / "text.txt"
+        self.rng_seed = rng.random()
         self.threads, self.chunk = rng.choice((1, 1, 1, 1, 2, 3)), rng.choice((1, 7, 40, 1000, 1 << 20))
         self.merges, self.block = rng.randint(0, 40), rng.choice((16, 64, 1000, 1 << 19))
 
@@ -386,8 +387,8 @@ def atheris_result(done, lines: list[str], seconds: float) -> dict:
     if found is None and "number_of_executed_units" not in done.stderr:
         raise SystemExit(f"atheris broke off: {done.stderr.strip()[-500:]}")
     texts = number(r"number_of_executed_units: (\d+)")
-    return {"texts": texts, "executions": texts * len(NAMES), "seconds": seconds, "edges_covered": number(r"cov: (\d+)"),
-            "different": found}
+    return {"texts": texts, "executions": texts * len(NAMES), "seconds": seconds, "different": found,
+            "edges_covered": number(r"cov: (\d+)")}
 
 
 def mutated(name: str, folder: Path) -> Path:
@@ -405,9 +406,9 @@ def mutated(name: str, folder: Path) -> Path:
 def find_mutation(name: str, engine: str, seed: int, seconds: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         done = engine_process(engine, seed, seconds, mutated(name, Path(folder)))
-    module, old, new = MUTATIONS[name]
-    return {"module": module, "instead_of": old, "planted": new, "engine": engine,
-            "caught": done["different"] is not None, "executions": done["executions"], "by": (done["different"] or {}).get("check")}
+    (module, old, new), found = MUTATIONS[name], done["different"]
+    return {"module": module, "instead_of": old, "planted": new, "engine": engine, "caught": found is not None,
+            "executions": done["executions"], "by": found and found["check"]}
 
 
 def show(engine: str, done: dict) -> None:
@@ -430,7 +431,8 @@ def run(args) -> int:
         show(engine, done[engine])
     for name in [] if args.engine else MUTATIONS:
         found = mutations[name] = find_mutation(name, "compiled", args.seed, 120)
-        print(f"{name}: {'caught' if found['caught'] else 'MISSED'} after {found['executions']:,} executions", flush=True)
+        verdict = f"caught by {found['by']}" if found["caught"] else "MISSED"
+        print(f"{name}: {verdict} after {found['executions']:,} executions", flush=True)
     about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "python": platform.python_version(), "seed": args.seed}
     about |= {field: round(sum(d[field] for d in done.values())) for field in ("executions", "seconds")}
     text = json.dumps(about | {"engines": done, "mutations": mutations}, indent=1) + "\n"
@@ -444,7 +446,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=336)
     parser.add_argument("--engine", choices=["compiled", "plain", "atheris"], help="only this one, and no mutations")
-    parser.add_argument("--mutate", choices=list(MUTATIONS), help="plant this mutation; the exit status is 0 if it is found")
+    parser.add_argument("--mutate", choices=list(MUTATIONS), help="plant this one; the exit status is 0 if it is found")
     parser.add_argument("--record", type=Path, help="write what was done to this JSON file")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     args = parser.parse_args()
