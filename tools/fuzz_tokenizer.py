@@ -398,7 +398,7 @@ def mutated(name: str, folder: Path) -> Path:
     path = folder / "cs336_lm" / f"{module}.py"
     source = path.read_text(encoding="utf-8")
     if source.count(old) != 1:
-        raise SystemExit(f"the mutation {name} fits {source.count(old)} places of {module}.py, not 1: look at MUTATIONS")
+        raise SystemExit(f"the mutation {name} fits {source.count(old)} places of {module}.py, not one: see MUTATIONS")
     path.write_text(source.replace(old, new), encoding="utf-8")
     return folder
 
