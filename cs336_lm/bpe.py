@@ -8,19 +8,22 @@ from __future__ import annotations
 import heapq, os, warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from functools import lru_cache
 
 import numpy as np
 from tqdm import tqdm
 
+from . import pretokenization
 from .pretokenization import (MIN_COMPILED_BYTES, Words, check_special_tokens, compiled, compiled_ready,
                                       count_pretokens, count_words, say_if_slow)
 
 # %% auto #0
-__all__ = ['Word', 'Pair', 'WALL', 'HOLE', 'MIN_COMPILED_WORD_BYTES', 'count_pairs', 'best_pair', 'merge_pair', 'train_bpe_naive',
-           'PairTable', 'merge_in_table', 'descending_key', 'lay_out', 'left_neighbour', 'pair_row', 'pair_number',
-           'count_byte_pairs', 'place_byte_pairs', 'token_order', 'is_above', 'sink', 'rise', 'best_to_top', 'drop_top',
-           'note_birth', 'merge_places', 'index_births', 'add_token', 'has_room', 'learn', 'fill_table',
+__all__ = ['Word', 'Pair', 'WALL', 'HOLE', 'AHEAD', 'MIN_COMPILED_WORD_BYTES', 'count_pairs', 'best_pair', 'merge_pair',
+           'train_bpe_naive', 'PairTable', 'merge_in_table', 'descending_key', 'lay_out', 'weight_at', 'pair_key',
+           'pair_row', 'new_pair', 'guess_watermark', 'count_slots', 'keep_frequent', 'fill_table', 'place_pairs',
+           'token_order', 'is_above', 'sink', 'rise', 'build_heap', 'best_to_top', 'drop_top', 'neighbours',
+           'merge_places', 'bear', 'fill_places', 'take_losses', 'add_token', 'has_room', 'learn',
            'learn_merges_compiled', 'pack_words', 'merges_ready', 'train_bpe_from_counts', 'train_bpe']
 
 # %% ../nbs/04_bpe.ipynb #af58577b
@@ -166,68 +169,106 @@ WALL, HOLE = -(1 << 30), -1
 
 
 @compiled
-def lay_out(text, ends, slots):
-    "Write the words into the slots (id, number of the word); how many are in use. A word of one byte has no pair."
+def lay_out(text, ends, counts, slots):
+    "Write the words into the slots (id, weight); how many are in use. A word of one byte has no pair."
     n, begin, slots[0, 0] = 1, 0, WALL
     for w in range(len(ends)):
         if ends[w] - begin > 1:
-            for k in range(begin, ends[w]): slots[n, 0], slots[n, 1], n = text[k], w, n + 1
+            weight = counts[w] if counts[w] < 1 << 31 else ~w
+            for k in range(begin, ends[w]): slots[n, 0], slots[n, 1], n = text[k], weight, n + 1
             slots[n, 0], n = WALL, n + 1
         begin = ends[w]
     return n
 
-# %% ../nbs/04_bpe.ipynb #d5e57ebb
+
 @compiled
-def left_neighbour(slots, i):
-    "The slot of the token before the one in slot `i`, -1 at a wall."
-    before = slots[i - 1, 0]
-    return -1 if before == WALL else i - 1 if before >= 0 else i + before
+def weight_at(slots, i, counts):
+    "How often the word in slot `i` occurs."
+    weight = np.int64(slots[i, 1])
+    return weight if weight >= 0 else counts[~weight]
+
+
 
 # %% ../nbs/04_bpe.ipynb #b126b328
 @compiled
-def pair_row(table, a, b):
-    "The row of the pair of ids, or the free row where it belongs. Rows: key (0 in free ones), number of the pair."
-    key = (np.int64(a) << 32 | np.int64(b)) + 1
-    mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    row = np.int64((mixed ^ mixed >> np.uint64(32)) & np.uint64(len(table) - 1))
-    while table[row, 0] != 0 and table[row, 0] != key: row = (row + 1) & (len(table) - 1)
+def pair_key(a, b):
+    "Two ids as one number that is not 0."
+    return (np.int64(a) << 32 | np.int64(b)) + 1
+
+
+@compiled
+def pair_row(table, key):
+    "The row of the pair, or the free row where it belongs. Rows: key (0 in free ones), number of the pair."
+    mixed, mask = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15), np.uint64(len(table) - 1)
+    row = (mixed ^ mixed >> np.uint64(32)) & mask
+    while table[row, 0] != 0 and table[row, 0] != key: row = (row + np.uint64(1)) & mask
     return row
 
 
 @compiled
-def pair_number(table, pairs, used, a, b):
-    "The number of the pair of ids; a new one if it is not known. used[0]: how many pairs there are."
-    row = pair_row(table, a, b)
-    if table[row, 0] == 0:
-        table[row, 0], table[row, 1] = (np.int64(a) << 32 | np.int64(b)) + 1, used[0]
-        pairs[used[0], 0], pairs[used[0], 1] = a, b
-        used[0] += 1
-    return table[row, 1]
+def new_pair(table, pairs, used, a, b):
+    "Give a pair that is not in the table the next number. used[0]: how many pairs there are."
+    row, q = pair_row(table, pair_key(a, b)), used[0]
+    table[row, 0], table[row, 1], pairs[q, 0], pairs[q, 1] = pair_key(a, b), q, a, b
+    used[0] += 1
+    return q
 
 # %% ../nbs/04_bpe.ipynb #dbfd78b0
-@compiled
-def count_byte_pairs(slots, weights, table, pairs, tallies, used):
-    "Number and count the pairs of bytes."
-    direct = np.full((256, 256), -1, np.int64)  # quicker than the hash table, while all ids are bytes
-    for i in range(1, len(slots) - 1):
-        a, b = slots[i, 0], slots[i + 1, 0]
-        if a < 0 or b < 0: continue
-        if direct[a, b] < 0: direct[a, b] = pair_number(table, pairs, used, a, b)
-        tallies[direct[a, b], 0] += weights[slots[i, 1]]
-        tallies[direct[a, b], 2] += 1
-    return direct
+def guess_watermark(counts: np.ndarray, num_merges: int) -> int:
+    "A count that the last of `num_merges` merges will hardly be below."
+    if num_merges >= len(counts): return 1
+    return max(1, int(np.partition(counts, len(counts) - 1 - num_merges)[len(counts) - 1 - num_merges]))
 
 # %% ../nbs/04_bpe.ipynb #38ee2422
 @compiled
-def place_byte_pairs(slots, direct, tallies, number, places):
-    "Measure out each pair's stretch of `places` and fill it."
-    total = 0
+def count_slots(slots, begin, counts, ends, table, pairs, tallies, used):
+    "Number and count the pairs from slot `begin` on; the slot where there was no more room, or the number of slots."
+    for i in range(begin, len(slots) - 1):
+        a = np.int64(slots[i, 0])
+        if a < 0: continue
+        b = np.int64(slots[i + ends[a + 1] - ends[a], 0])
+        if b == WALL: continue
+        row = pair_row(table, pair_key(a, b))
+        if table[row, 0] == 0:
+            if 2 * used[0] >= len(table) or used[0] == len(pairs): return i
+            q = new_pair(table, pairs, used, a, b)
+        else: q = table[row, 1]
+        tallies[q, 0] += weight_at(slots, i, counts)
+        tallies[q, 2] += 1
+    return len(slots)
+
+# %% ../nbs/04_bpe.ipynb #778a8531
+@compiled
+def keep_frequent(watermark, pairs, tallies, used):
+    "Number the pairs above the watermark anew and measure out their stretches; the length of `places` in used[1]."
+    number, used[0], used[1] = used[0], 0, 0
     for q in range(number):
-        tallies[q, 1], tallies[q, 2], total = total, 0, total + tallies[q, 2]
+        if tallies[q, 0] < watermark: continue
+        k, occurrences = used[0], tallies[q, 2]
+        pairs[k, 0], pairs[k, 1] = pairs[q, 0], pairs[q, 1]
+        tallies[k, 0], tallies[k, 1], tallies[k, 2] = tallies[q, 0], used[1], 0
+        used[0], used[1] = k + 1, used[1] + occurrences
+
+
+@compiled
+def fill_table(table, pairs, number):
+    "Put all pairs into an empty table."
+    for q in range(number):
+        row = pair_row(table, pair_key(pairs[q, 0], pairs[q, 1]))
+        table[row, 0], table[row, 1] = pair_key(pairs[q, 0], pairs[q, 1]), q
+
+
+@compiled
+def place_pairs(slots, ends, table, tallies, places):
+    "Write down where the pairs of the table stand."
     for i in range(1, len(slots) - 1):
-        a, b = slots[i, 0], slots[i + 1, 0]
-        if a < 0 or b < 0: continue
-        q = direct[a, b]
+        a = np.int64(slots[i, 0])
+        if a < 0: continue
+        b = np.int64(slots[i + ends[a + 1] - ends[a], 0])
+        if b == WALL: continue
+        row = pair_row(table, pair_key(a, b))
+        if table[row, 0] == 0: continue
+        q = table[row, 1]
         places[tallies[q, 1] + tallies[q, 2]] = i
         tallies[q, 2] += 1
 
@@ -276,14 +317,22 @@ def rise(heap, i, pairs, heads, texts, ends):
         heap[i, 0], heap[i, 1], i = heap[k, 0], heap[k, 1], k
     heap[i, 0], heap[i, 1] = count, q
 
+
+@compiled
+def build_heap(heap, used, pairs, tallies, heads, texts, ends):
+    "All pairs into the heap. used[2]: entries."
+    for q in range(used[0]): heap[q, 0], heap[q, 1] = tallies[q, 0], q
+    used[2] = used[0]
+    for i in range(used[2] // 2, -1, -1): sink(heap, used[2], i, pairs, heads, texts, ends)
+
 # %% ../nbs/04_bpe.ipynb #068312b2
 @compiled
-def best_to_top(heap, used, tallies, pairs, heads, texts, ends):
-    "Correct the entries that come up until the top is true; its pair, or -1 if none is left. used[2]: entries."
+def best_to_top(heap, used, tallies, watermark, pairs, heads, texts, ends):
+    "Correct the entries that come up until the top is true; its pair, or -1 if none is left above the watermark."
     while used[2] > 0:
         q = heap[0, 1]
-        if heap[0, 0] == tallies[q, 0] and heap[0, 0] > 0: return q
-        if tallies[q, 0] > 0: heap[0, 0] = tallies[q, 0]
+        if heap[0, 0] == tallies[q, 0]: return q
+        if tallies[q, 0] >= watermark: heap[0, 0] = tallies[q, 0]
         else: drop_top(heap, used)
         sink(heap, used[2], 0, pairs, heads, texts, ends)
     return -1
@@ -295,44 +344,74 @@ def drop_top(heap, used):
     heap[0, 0], heap[0, 1] = heap[used[2], 0], heap[used[2], 1]
 
 # %% ../nbs/04_bpe.ipynb #8fbae290
+AHEAD = 24  # places
+
+
 @compiled
-def note_birth(table, pairs, tallies, used, births, n, a, b, place, weight):
-    "Count one occurrence of a born pair, and note it as birth `n`; n + 1."
-    q = pair_number(table, pairs, used, a, b)
-    tallies[q, 0] += weight
-    tallies[q, 2] += 1
-    births[n, 0], births[n, 1] = q, place
-    return n + 1
+def neighbours(slots, i, width, nobody):
+    "The slot before the token in slot `i`, its id, and the id of the token after it; `nobody` for a wall."
+    before = np.int64(slots[i - 1, 0])
+    left = i - 1 if before >= 0 or before == WALL else i + before
+    x, y = np.int64(slots[left, 0]), np.int64(slots[i + width, 0])
+    return left, x if x >= 0 else nobody, y if y >= 0 else nobody
 
 # %% ../nbs/04_bpe.ipynb #2ee593c7
 @compiled
-def merge_places(q, new_id, width_a, width_b, slots, weights, places, table, pairs, tallies, births, used):
-    "Merge pair `q` into `new_id` wherever it stands; the number of births."
-    a, b, n = pairs[q, 0], pairs[q, 1], 0
-    for i in places[tallies[q, 1]:tallies[q, 1] + tallies[q, 2]]:
+def merge_places(a, b, new_id, mine, ends, slots, counts, near, events, found):
+    "Merge a and b at those of the places `mine` where they stand; how many events, left and right neighbours."
+    width_a, width = ends[a + 1] - ends[a], ends[b + 1] - ends[b] + ends[a + 1] - ends[a]
+    n, lefts, rights, last, nobody = 0, 0, 0, len(mine) - 1, np.int64(len(near) - 1)
+    for k in range(len(mine)):
+        pretokenization.prefetch(slots, np.uint64(mine[min(k + AHEAD, last)]))
+        i = np.int64(mine[k])
         if slots[i, 0] != a or slots[i + width_a, 0] != b: continue
-        weight, left, right = weights[slots[i, 1]], left_neighbour(slots, i), i + width_a + width_b
-        if left >= 0:
-            tallies[table[pair_row(table, slots[left, 0], a), 1], 0] -= weight
-            n = note_birth(table, pairs, tallies, used, births, n, slots[left, 0], new_id, left, weight)
-        if slots[right, 0] != WALL:
-            tallies[table[pair_row(table, b, slots[right, 0]), 1], 0] -= weight
-            n = note_birth(table, pairs, tallies, used, births, n, new_id, slots[right, 0], i, weight)
+        weight, (left, x, y) = weight_at(slots, i, counts), neighbours(slots, i, width, nobody)
+        if near[x, 0] == 0: found[lefts, 0], lefts = x, lefts + 1
+        near[x, 0], near[x, 1], events[n, 0], events[n, 1] = near[x, 0] + weight, near[x, 1] + 1, x, left
+        n += x != nobody
+        if near[y, 2] == 0: found[rights, 1], rights = y, rights + 1
+        near[y, 2], near[y, 3], events[n, 0], events[n, 1] = near[y, 2] + weight, near[y, 3] + 1, ~y, i
+        n += y != nobody
         slots[i + width_a, 0], slots[i + width_a - 1, 0] = HOLE, HOLE
-        slots[right - 1, 0], slots[i, 0] = i - right, new_id
-    tallies[q, 0] = 0
-    return n
+        slots[i + width - 1, 0], slots[i, 0] = -width, new_id
+    return n, lefts, rights
 
 # %% ../nbs/04_bpe.ipynb #1a287aae
 @compiled
-def index_births(first, n, births, tallies, places, used):
-    "Measure out the stretches of the pairs from `first` on, and fill in the noted places. used[1]: places in use."
-    for q in range(first, used[0]):
-        tallies[q, 1], tallies[q, 2], used[1] = used[1], 0, used[1] + tallies[q, 2]
+def bear(near, side, found, n, new_id, watermark, arrays, used):
+    "Number the new token's pairs with the neighbours of one side, and push them."
+    table, pairs, tallies, heap, heads, texts, ends = arrays
     for k in range(n):
-        q = births[k, 0]
-        places[tallies[q, 1] + tallies[q, 2]] = births[k, 1]
-        tallies[q, 2] += 1
+        x = np.int64(found[k, side >> 1])
+        weight, occurrences = near[x, side], near[x, side + 1]
+        near[x, side + 1] = -1
+        if weight < watermark: continue
+        q = new_pair(table, pairs, used, x if side == 0 else new_id, new_id if side == 0 else x)
+        tallies[q, 0], tallies[q, 1], tallies[q, 2] = weight, used[1], occurrences
+        near[x, side + 1], used[1] = used[1], used[1] + occurrences
+        heap[used[2], 0], heap[used[2], 1], used[2] = weight, q, used[2] + 1
+        rise(heap, used[2] - 1, pairs, heads, texts, ends)
+
+
+@compiled
+def fill_places(near, events, n, places):
+    "Write the noted places into the stretches of the born pairs."
+    for k in range(n):
+        x, side = np.int64(events[k, 0]), 1
+        if x < 0: x, side = ~x, 3
+        at = near[x, side]
+        if at < 0: continue
+        places[at], near[x, side] = events[k, 1], at + 1
+
+
+@compiled
+def take_losses(near, side, found, n, other, table, tallies):
+    "Take what the neighbours of one side lost off their pairs with `other`, and clear their rows."
+    for k in range(n):
+        x = np.int64(found[k, side >> 1])
+        row = pair_row(table, pair_key(x, other) if side == 0 else pair_key(other, x))
+        if table[row, 0] != 0: tallies[table[row, 1], 0] -= near[x, side]
+        near[x, side], near[x, side + 1] = 0, 0
 
 # %% ../nbs/04_bpe.ipynb #2ebcfd30
 @compiled
@@ -348,36 +427,40 @@ def add_token(t, a, b, heads, texts, ends):
 
 
 @compiled
-def has_room(q, new_id, arrays, used):
+def has_room(q, new_id, places, events, arrays, used):
     "Whether all arrays have room for what merging pair `q` can add. used[4] becomes the number of its places."
-    slots, weights, places, table, pairs, tallies, births, heap, heads, texts, ends = arrays
+    table, pairs, tallies, heap, heads, texts, ends = arrays
     used[4] = tallies[q, 2]
-    number = used[0] + min(2 * used[4], 2 * new_id + 2)
+    more = min(2 * used[4], 2 * new_id + 2)
     width = ends[pairs[q, 0] + 1] - ends[pairs[q, 0]] + ends[pairs[q, 1] + 1] - ends[pairs[q, 1]]
-    return (number <= len(pairs) and 2 * number < len(table) and used[1] + 2 * used[4] <= len(places)
-            and 2 * used[4] <= len(births) and used[2] + number - used[0] <= len(heap)
-            and ends[new_id] + width <= len(texts))
+    return (used[0] + more <= len(pairs) and 2 * (used[0] + more) < len(table) and used[1] + 2 * used[4] <= len(places)
+            and 2 * used[4] < len(events) and used[2] + more <= len(heap) and ends[new_id] + width <= len(texts))
 
 # %% ../nbs/04_bpe.ipynb #4b15a8f1
 @compiled
-def learn(arrays, used, merges, stop):
-    "Make merges until there are `stop` (used[3]: how many there are). 0: done, 1: no pair is left, 2: room is needed."
-    slots, weights, places, table, pairs, tallies, births, heap, heads, texts, ends = arrays
+def learn(slots, counts, places, near, events, found, arrays, used, merges, stop, watermark):
+    """Make merges until there are `stop` (used[3]: how many there are).
+
+    0: done, 1: no pair is left above the watermark, 2: room is needed."""
+    table, pairs, tallies, heap, heads, texts, ends = arrays
     while used[3] < stop:
-        new_id, first = 256 + used[3], used[0]
-        q = best_to_top(heap, used, tallies, pairs, heads, texts, ends)
+        new_id = 256 + used[3]
+        q = best_to_top(heap, used, tallies, watermark, pairs, heads, texts, ends)
         if q < 0: return 1
-        if not has_room(q, new_id, arrays, used): return 2
-        a, b = pairs[q, 0], pairs[q, 1]
+        if not has_room(q, new_id, places, events, arrays, used): return 2
+        a, b, begin = pairs[q, 0], pairs[q, 1], tallies[q, 1]
+        drop_top(heap, used)
+        sink(heap, used[2], 0, pairs, heads, texts, ends)
         merges[used[3], 0], merges[used[3], 1] = a, b
         add_token(new_id, a, b, heads, texts, ends)
-        n = merge_places(q, new_id, ends[a + 1] - ends[a], ends[b + 1] - ends[b], slots, weights, places, table, pairs,
-                         tallies, births, used)
-        index_births(first, n, births, tallies, places, used)
-        for born in range(first, used[0]):
-            if tallies[born, 0] > 0:
-                heap[used[2], 0], heap[used[2], 1], used[2] = tallies[born, 0], born, used[2] + 1
-                rise(heap, used[2] - 1, pairs, heads, texts, ends)
+        n, lefts, rights = merge_places(a, b, new_id, places[begin:begin + used[4]], ends, slots, counts, near, events,
+                                        found)
+        bear(near, 0, found, lefts, new_id, watermark, arrays, used)
+        bear(near, 2, found, rights, new_id, watermark, arrays, used)
+        fill_places(near, events, n, places)
+        take_losses(near, 0, found, lefts, a, table, tallies)
+        take_losses(near, 2, found, rights, b, table, tallies)
+        tallies[q, 0] = 0
         used[3] += 1
     return 0
 
@@ -390,58 +473,73 @@ def _longer(array: np.ndarray, length: int) -> np.ndarray:
     return new
 
 
-@compiled
-def fill_table(table, pairs, number):
-    for q in range(number):
-        row = pair_row(table, pairs[q, 0], pairs[q, 1])
-        table[row, 0], table[row, 1] = (np.int64(pairs[q, 0]) << 32 | np.int64(pairs[q, 1])) + 1, q
+class _Index:
+    "The arrays that `learn` works on, and what of them is in use: pairs, places, heap entries, merges."
+
+    def __init__(self, words: Words, num_merges: int):
+        self.counts, self.used, tokens = words.counts, np.zeros(5, np.int64), 257 + num_merges
+        slots = np.empty((len(words.text) + len(words.ends) + 1, 2), np.int32)
+        self.slots = slots[:lay_out(words.text, words.ends, words.counts, slots)]
+        self.texts, self.ends = np.zeros(1 << 17, np.uint8), np.zeros(tokens, np.int64)
+        self.texts[:256], self.ends[:257] = range(256), range(257)
+        self.heads, self.near = np.zeros(tokens, np.uint64), np.zeros((tokens, 4), np.int64)
+        self.heads[:256] = np.arange(256, dtype=np.uint64) << np.uint64(56)
+        self.found, self.events = np.zeros((tokens, 2), np.int32), np.zeros((1 << 16, 2), np.int32)
+        self.merges, self.watermark, self.near[-1] = np.zeros((num_merges, 2), np.int32), 0, 1
+
+    def learn(self, stop: int) -> int:
+        arrays = self.table, self.pairs, self.tallies, self.heap, self.heads, self.texts, self.ends
+        return learn(self.slots, self.counts, self.places, self.near, self.events, self.found, arrays, self.used,
+                     self.merges, stop, self.watermark)
 
 # %% ../nbs/04_bpe.ipynb #6f1ec30a
-def _start(words: Words, num_merges: int) -> tuple[list[np.ndarray], np.ndarray]:
-    "The arrays that `learn` works on, and what of them is in use: pairs, places, heap entries, merges."
-    slots, used = np.empty((len(words.text) + len(words.ends) + 1, 2), np.int32), np.zeros(5, np.int64)
-    slots = slots[:lay_out(words.text, words.ends, slots)]
-    table, pairs, tallies = (np.zeros(shape, np.int64) for shape in ((1 << 18, 2), (1 << 16, 2), (1 << 16, 3)))
-    direct = count_byte_pairs(slots, words.counts, table, pairs, tallies, used)
-    used[1:3] = tallies[:, 2].sum(), used[0]
-    places = np.zeros(3 * used[1] // 2 + 1024, np.int32)
-    place_byte_pairs(slots, direct, tallies, used[0], places)
-    heap = np.column_stack([tallies[:, 0], np.arange(len(tallies))])
-    texts, ends = np.zeros(1 << 17, np.uint8), np.zeros(257 + num_merges, np.int64)
-    texts[:256], ends[:257] = range(256), range(257)
-    heads = np.zeros(256 + num_merges, np.uint64)
-    heads[:256] = np.arange(256, dtype=np.uint64) << np.uint64(56)
-    births = np.zeros((1 << 16, 2), np.int64)
-    for i in range(used[2] // 2, -1, -1): sink(heap, used[2], i, pairs, heads, texts, ends)
-    return [slots, words.counts, places, table, pairs, tallies, births, heap, heads, texts, ends], used
+def _rebuild(index: _Index, watermark: int) -> None:
+    "Index the pairs that occur at least `watermark` times in the slots as they are now."
+    self, used, index.watermark = index, index.used, watermark
+    self.table, self.pairs, self.tallies = (np.zeros((1 << n, k), np.int64) for n, k in ((17, 2), (16, 2), (16, 3)))
+    used[0], begin = 0, 1
+    while begin < len(self.slots):
+        begin = count_slots(self.slots, begin, self.counts, self.ends, self.table, self.pairs, self.tallies, used)
+        if begin < len(self.slots): _make_room(index, int(used[0]) + 1, 0)
+    keep_frequent(watermark, self.pairs, self.tallies, used)
+    self.table = np.zeros((1 << int(4 * used[0] + 256).bit_length(), 2), np.int64)
+    fill_table(self.table, self.pairs, used[0])
+    self.places, self.heap = np.zeros(3 * used[1] // 2 + 1024, np.int32), np.zeros((2 * len(self.pairs), 2), np.int64)
+    place_pairs(self.slots, self.ends, self.table, self.tallies, self.places)
+    build_heap(self.heap, used, self.pairs, self.tallies, self.heads, self.texts, self.ends)
+
+
+def _make_room(index: _Index, pairs: int, places: int) -> None:
+    "Room for so many more pairs, places of pairs and events."
+    self, used = index, index.used
+    self.pairs, self.tallies = _longer(self.pairs, used[0] + pairs), _longer(self.tallies, used[0] + pairs)
+    self.texts = _longer(self.texts, 3 * self.ends[256 + used[3]])
+    if 2 * (used[0] + pairs) >= len(self.table):
+        self.table = np.zeros((1 << int(4 * (used[0] + pairs)).bit_length(), 2), np.int64)
+        fill_table(self.table, self.pairs, used[0])
+    if places:
+        self.places, self.events = _longer(self.places, used[1] + places), _longer(self.events, places + 1)
+        self.heap = _longer(self.heap, used[2] + pairs)
 
 # %% ../nbs/04_bpe.ipynb #13f79fcb
-def _make_room(arrays: list[np.ndarray], used: np.ndarray) -> None:
-    "Room for a merge at used[4] places."
-    slots, weights, places, table, pairs, tallies, births, heap, heads, texts, ends = arrays
-    new_id, need = 256 + used[3], 2 * used[4]
-    more = min(need, 2 * new_id + 2)
-    places, births, heap = _longer(places, used[1] + need), _longer(births, need), _longer(heap, used[2] + more)
-    pairs, tallies = _longer(pairs, used[0] + more), _longer(tallies, used[0] + more)
-    texts = _longer(texts, 3 * ends[new_id])
-    if 2 * (used[0] + more) >= len(table):
-        table = np.zeros((1 << int(4 * (used[0] + more)).bit_length(), 2), np.int64)
-        fill_table(table, pairs, used[0])
-    arrays[:] = slots, weights, places, table, pairs, tallies, births, heap, heads, texts, ends
+def learn_merges_compiled(words: Words, num_merges: int, progress: bool = False,
+                          watermark: int | None = None) -> list[Pair]:
+    """The first `num_merges` merges, fewer if the pairs run out. Needs numba: `load_compiled` first.
 
-# %% ../nbs/04_bpe.ipynb #3d9af1a0
-def learn_merges_compiled(words: Words, num_merges: int, progress: bool = False) -> list[Pair]:
-    "The first `num_merges` merges, fewer if the pairs run out. Needs numba: `load_compiled` first."
-    arrays, used = _start(words, num_merges)
-    merges, verdict = np.zeros((num_merges, 2), np.int32), 2
+    The first `watermark` (default: a guess) decides about the time, not about the merges."""
+    index, verdict = _Index(words, num_merges), 0
+    _rebuild(index, guess_watermark(words.counts, num_merges) if watermark is None else watermark)
     with tqdm(total=num_merges, desc="learn merges", unit=" merges", disable=not progress) as bar:
-        while used[3] < num_merges and verdict != 1:
-            verdict = learn(tuple(arrays), used, merges, min(num_merges, used[3] + 500))
-            if verdict == 2: _make_room(arrays, used)
-            bar.update(int(used[3]) - bar.n)
-    texts, ends = arrays[-2].tobytes(), arrays[-1].tolist()
+        while index.used[3] < num_merges and (verdict != 1 or index.watermark > 1):
+            if verdict == 1: _rebuild(index, max(1, index.watermark // 4))
+            verdict = index.learn(min(num_merges, int(index.used[3]) + 500))
+            if verdict == 2:
+                places, new_id = 2 * int(index.used[4]), 256 + int(index.used[3])
+                _make_room(index, min(places, 2 * new_id + 2), places)
+            bar.update(int(index.used[3]) - bar.n)
+    texts, ends = index.texts.tobytes(), index.ends.tolist()
     tokens = [texts[a:b] for a, b in zip(ends, ends[1:])]
-    return [(tokens[a], tokens[b]) for a, b in merges[:used[3]].tolist()]
+    return [(tokens[a], tokens[b]) for a, b in index.merges[:index.used[3]].tolist()]
 
 # %% ../nbs/04_bpe.ipynb #543e24ac
 def pack_words(counts: Mapping[bytes, int]) -> Words:
@@ -461,7 +559,6 @@ def merges_ready() -> bool:
 
 
 def _try_merges() -> bool:
-    fill_table(np.zeros((4, 2), np.int64), np.zeros((1, 2), np.int64), np.int64(1))  # else called on growth only
     return len(learn_merges_compiled(pack_words({b"newest": 1}), 2)) == 2
 
 
@@ -485,12 +582,13 @@ def train_bpe_from_counts(counts: Mapping[bytes, int], vocab_size: int, special_
 
 # %% ../nbs/04_bpe.ipynb #a65fc7ab
 def train_bpe(input_path: str | os.PathLike, vocab_size: int, special_tokens: Iterable[str], *, num_processes: int = 1,
-              progress: bool = False) -> tuple[dict[int, bytes], list[Pair]]:
+              progress: bool = False, executor: Executor | None = None) -> tuple[dict[int, bytes], list[Pair]]:
     """Train a byte-level BPE on a text file: the vocabulary (id to bytes) and the merges in the order of learning.
 
     `vocab_size` counts the 256 bytes, the merges and `special_tokens`, which separate the text and come last.
     The result does not depend on `num_processes`: threads of compiled code for a large file (see `count_pretokens`),
-    processes where numba is missing. Warns where the text is too small for `vocab_size`.
+    processes where numba is missing; nor on an `executor` (`concurrent.futures`), whose workers then count a large
+    file and must see it under the same path. Warns where the text is too small for `vocab_size`.
     FileNotFoundError if there is no file; ValueError if it is empty or not UTF-8, or the sizes do not fit (see
     `train_bpe_from_counts`); OSError if it changes while it is read.
     Source: handout problem train_bpe."""
@@ -498,7 +596,8 @@ def train_bpe(input_path: str | os.PathLike, vocab_size: int, special_tokens: It
     size = os.path.getsize(input_path)
     if size == 0: raise ValueError(f"{input_path} is empty: there is nothing to train on")
     if size >= MIN_COMPILED_BYTES and compiled_ready():
-        words = count_words(input_path, specials, num_threads=num_processes, progress=progress)
+        words = count_words(input_path, specials, num_threads=num_processes, progress=progress, executor=executor,
+                            in_order=False)
         merges = _learn(words, vocab_size - 256 - len(specials), progress)
         return _vocabulary(merges, vocab_size, specials), merges
     counts = count_pretokens(input_path, specials, num_processes=num_processes, progress=progress)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs, itertools, os, re, signal, sys, tempfile, threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,16 +19,17 @@ from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['PATTERN', 'MIN_PARALLEL_BYTES', 'EDGE', 'LETTER', 'NUMBER', 'OTHER', 'SPACE', 'BLANK', 'QUOTE', 'MAYBE_CONTRACTION',
-           'LOOK', 'BLOCK', 'TWINS', 'BATCH', 'NO_KEY', 'MIN_COMPILED_BYTES', 'pretokenize', 'kind',
-           'check_special_tokens', 'split_special', 'count_text', 'kinds_part', 'is_safe_cut', 'read_text',
-           'read_chunks', 'count_pretokens_clear', 'three_kinds_rule', 'kind_table', 'compiled', 'load_compiled',
-           'read_code_point', 'same_bytes', 'special_width', 'contraction_width', 'scan_tables', 'look_closer',
-           'find_pieces', 'mask_of', 'block_masks', 'byte_mask', 'lowest_bit', 'count_bits', 'eight_bytes', 'prefetch',
-           'vector_code', 'bits_below', 'add_wide', 'mark_starts', 'carry', 'mark_contractions', 'first_special',
-           'write_places', 'find_starts', 'word_key', 'first_row', 'add_short', 'part_of', 'long_hash', 'same_word',
-           'add_long', 'prepare_batch', 'add_word', 'count_pieces', 'pour', 'WordTable', 'Words', 'copy_words',
-           'words_in_order', 'kinds_part_at', 'contraction_letter', 'special_beside', 'last_safe_cut', 'count_words',
-           'say_if_slow', 'compiled_ready', 'count_pretokens']
+           'LOOK', 'BLOCK', 'TWINS', 'BATCH', 'NO_KEY', 'SHARD_BYTES', 'MAX_PENDING', 'MIN_COMPILED_BYTES',
+           'pretokenize', 'kind', 'check_special_tokens', 'split_special', 'count_text', 'kinds_part', 'is_safe_cut',
+           'read_text', 'read_chunks', 'count_pretokens_clear', 'three_kinds_rule', 'kind_table', 'compiled',
+           'load_compiled', 'read_code_point', 'same_bytes', 'special_width', 'contraction_width', 'scan_tables',
+           'look_closer', 'find_pieces', 'mask_of', 'block_masks', 'byte_mask', 'lowest_bit', 'count_bits',
+           'eight_bytes', 'prefetch', 'vector_code', 'bits_below', 'add_wide', 'mark_starts', 'carry',
+           'mark_contractions', 'first_special', 'write_places', 'find_starts', 'word_key', 'first_row', 'add_short',
+           'part_of', 'long_hash', 'same_word', 'add_long', 'prepare_batch', 'add_word', 'count_pieces', 'pour',
+           'WordTable', 'Words', 'copy_words', 'words_of', 'kinds_part_at', 'contraction_letter', 'special_beside',
+           'last_safe_cut', 'safe_shards', 'count_shard', 'count_words', 'say_if_slow', 'compiled_ready',
+           'count_pretokens']
 
 # %% ../nbs/03_pretokenization.ipynb #8e0ee28d
 # GPT-2's pre-tokenization pattern (Radford et al., 2019), for the module `regex`.
@@ -220,8 +221,9 @@ def compiled(function: Callable) -> Callable:
 
 def _compile(function: Callable) -> Callable:
     import numba
-    try: return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError: return numba.njit(nogil=True)(function)  # there is no folder that the cache could live in
+    options = dict(nogil=True, forceinline=True)  # a call that is not inlined passes seven numbers for each array
+    try: return numba.njit(cache=True, **options)(function)
+    except RuntimeError: return numba.njit(**options)(function)  # there is no folder that the cache could live in
 
 # %% ../nbs/03_pretokenization.ipynb #d3ce1fb2
 def load_compiled() -> bool:
@@ -442,7 +444,7 @@ def vector_code() -> dict[str, Callable]:
             ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
             builder.call(ask, [place, int32(0), int32(3), int32(1)])  # for reading, into all caches, data
             return context.get_dummy_value()
-        return types.void(table, types.intp), write
+        return types.void(table, types.uint64), write
 
     return {f.__name__: f for f in (block_masks, byte_mask, lowest_bit, count_bits, eight_bytes, prefetch)}
 
@@ -452,7 +454,7 @@ TWINS = {f.__name__: f for f in (block_masks, byte_mask, lowest_bit, count_bits,
 
 def _try_masks(text, words):
     masks = block_masks(text, 3)
-    prefetch(words, 1)
+    prefetch(words, np.uint64(1))
     return masks + (byte_mask(text, 3, text[7]), np.uint64(lowest_bit(masks[2])), count_bits(masks[0]),
                     np.uint64(lowest_bit(masks[5] ^ masks[5])), eight_bytes(words, 13))
 
@@ -595,9 +597,10 @@ def find_starts(text, size, tables, starts):
 @compiled
 def word_key(words, begin, width):
     "A word of 1 to 15 bytes as two numbers, its width in the top byte of the second."
-    ones = np.uint64(0xFFFFFFFFFFFFFFFF)
-    low = eight_bytes(words, begin) & ones >> np.uint64(64 - 8 * min(width, 8))
-    high = eight_bytes(words, begin + 8) & ones >> np.uint64(1) >> np.uint64(63 - 8 * max(width - 8, 0))
+    bits = np.uint64(8) * min(np.uint64(width), np.uint64(8))
+    more = np.uint64(8) * np.uint64(width) - bits
+    low = eight_bytes(words, begin) & ~np.uint64(0) >> np.uint64(64) - bits
+    high = eight_bytes(words, begin + 8) & (np.uint64(1) << more) - np.uint64(1)
     return low, high | np.uint64(width) << np.uint64(56)
 
 # %% ../nbs/03_pretokenization.ipynb #44b8b407
@@ -605,7 +608,7 @@ def word_key(words, begin, width):
 def first_row(low, high, rows):
     "Where the search for a key begins in a table of `rows` (a power of two) rows."
     mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)  # odd, bits spread
-    return np.int64((mixed ^ mixed >> np.uint64(32)) & np.uint64(rows - 1))
+    return (mixed ^ mixed >> np.uint64(32)) & np.uint64(rows - 1)
 
 
 @compiled
@@ -617,7 +620,7 @@ def add_short(short, low, high, times, place):
             short[row, 2] += times
             short[row, 3] = min(short[row, 3], place)
             return 0
-        row = (row + 1) & (len(short) - 1)
+        row = (row + np.uint64(1)) & np.uint64(len(short) - 1)
     short[row, 0], short[row, 1], short[row, 2], short[row, 3] = low, high, times, place
     return 1
 
@@ -668,14 +671,15 @@ BATCH, NO_KEY = 64, 0xFFFFFFFFFFFFFFFF
 @compiled
 def prepare_batch(words, starts, piece, n, short, batch):
     "Keys and first rows of `n` pieces from `piece` on, the rows asked for."
-    for k in range(n):
-        begin, end = np.int64(starts[piece + k]), np.int64(starts[piece + k + 1])
+    for k in range(np.uint64(n)):  # unsigned: numba need not think of an index from the end
+        begin, end = np.int64(starts[piece + k]), np.int64(starts[piece + k + np.uint64(1)])
         width = (end ^ end >> 63) - begin  # x ^ x >> 63 is x, or ~x where that is negative
-        low = high = np.uint64(NO_KEY)
-        if 0 <= begin and width < 16: low, high = word_key(words, begin, width)
+        has_key = width < 16 and begin >= 0
+        low, high = word_key(words, begin ^ begin >> 63, width if has_key else 15)
+        high = high if has_key else np.uint64(NO_KEY)
         row = first_row(low, high, len(short))
         prefetch(short, row)
-        batch[k, 0], batch[k, 1], batch[k, 2] = low, high, np.uint64(row)
+        batch[k, 0], batch[k, 1], batch[k, 2] = low, high, row
 
 # %% ../nbs/03_pretokenization.ipynb #7c3da8f0
 @compiled
@@ -699,16 +703,17 @@ def count_pieces(words, starts, piece, pieces, offset, short, long, store, used,
     if 8 * len(words) < starts[pieces] + BLOCK: raise ValueError("count_pieces: no room after the text")
     while piece < pieces:
         n = min(BATCH, pieces - piece)
-        prepare_batch(words, starts, piece, n, short, batch)
-        for k in range(n):
-            low, high, row = batch[k, 0], batch[k, 1], np.int64(batch[k, 2])
-            if short[row, 0] == low and short[row, 1] == high:
+        prepare_batch(words, starts, np.uint64(piece), n, short, batch)
+        for k in range(np.uint64(n)):
+            low, high, row = batch[k, 0], batch[k, 1], batch[k, 2]
+            if (short[row, 0] ^ low | short[row, 1] ^ high) == np.uint64(0):
                 short[row, 2] += np.uint64(1)
                 continue
-            begin, end = np.int64(starts[piece + k]), np.int64(starts[piece + k + 1])
+            at = piece + np.int64(k)
+            begin, end = np.int64(starts[at]), np.int64(starts[at + 1])
             if begin < 0: continue
             place, width = np.uint64(offset + begin), (end ^ end >> 63) - begin
-            if not add_word(words, begin, width, place, low, high, short, long, store, used): return piece + k
+            if not add_word(words, begin, width, place, low, high, short, long, store, used): return at
         piece += n
     return piece
 
@@ -716,9 +721,10 @@ def count_pieces(words, starts, piece, pieces, offset, short, long, store, used,
 @compiled
 def pour(short, long, store, into_short, into_long, into_store, used):
     "Add all words of one table to another, which has room for them."
-    for k in range(len(short)):
-        if short[k, 1] != np.uint64(0):
-            used[0] += add_short(into_short, short[k, 0], short[k, 1], short[k, 2], short[k, 3])
+    for frequent in (True, False):
+        for k in range(len(short)):
+            if short[k, 1] != np.uint64(0) and (short[k, 2] > np.uint64(64)) == frequent:
+                used[0] += add_short(into_short, short[k, 0], short[k, 1], short[k, 2], short[k, 3])
     for k in range(len(long)):
         if long[k, 2] != np.uint64(0):
             begin, width = 8 * np.int64(long[k, 1]), np.int64(long[k, 2])
@@ -737,7 +743,7 @@ def _aligned_zeros(rows: int, columns: int) -> np.ndarray:
 class WordTable:
     "Words and how often each was counted, in arrays that compiled code can fill; memory grows with distinct words."
 
-    def __init__(self, room=(1 << 15, 1 << 11, 1 << 15)):
+    def __init__(self, room=((1 << 17) - 1, 1 << 11, 1 << 15)):
         short, long, store = (1 << int(n).bit_length() for n in room)
         self.short, self.long = _aligned_zeros(2 * short, 4), _aligned_zeros(2 * long, 5)
         self.store, self.used = np.zeros(store + 2, np.uint64), np.zeros(3, np.int64)
@@ -751,16 +757,19 @@ class WordTable:
 
     def count(self, words, starts, pieces: int, offset: int) -> None:
         "Count the pieces that `find_starts` found in a text that begins at `offset` in its file."
-        piece, more = 0, lambda used, table: len(table) if 2 * used >= len(table) else 0
+        piece = 0
         while (piece := count_pieces(words, starts, piece, pieces, offset, self.short, self.long, self.store,
                                      self.used, self.batch)) < pieces:
-            self.make_room(more(self.used[0], self.short), more(self.used[1], self.long),
-                           abs(int(starts[piece + 1]) - int(starts[piece])) // 8 + 3)
+            self.make_room(1, 1, abs(int(starts[piece + 1]) - int(starts[piece])) // 8 + 3)
 
-    def absorb(self, other: WordTable) -> None:
-        "Add the counts of another table."
-        self.make_room(*other.used)
-        pour(other.short, other.long, other.store, self.short, self.long, self.store, self.used)
+    def rows(self) -> tuple[np.ndarray, ...]:
+        "What is in use, without the free rows: short words, long words, their store, how many of each."
+        return self.short[self.short[:, 1] != 0], self.long[self.long[:, 2] != 0], self.store[:self.used[2] + 2], self.used
+
+    def absorb(self, short, long, store, used) -> None:
+        "Add the counts of another table's arrays or rows."
+        if any(2 * (self.used + used) >= (len(self.short), len(self.long), 2 * len(self.store) - 4)): self.make_room(*used)
+        pour(short, long, store, self.short, self.long, self.store, self.used)
 
 # %% ../nbs/03_pretokenization.ipynb #c94ad033
 class Words(NamedTuple):
@@ -791,11 +800,11 @@ def copy_words(short, long, store, rows, ends, text):
         begin = end
 
 # %% ../nbs/03_pretokenization.ipynb #9f87b9d4
-def words_in_order(table: WordTable) -> Words:
-    "The table's words in the order in which they came first."
+def words_of(table: WordTable, in_order: bool) -> Words:
+    "The table's words, `in_order` in which they came first or else as they stand."
     rows, long_rows = np.flatnonzero(table.short[:, 1]), np.flatnonzero(table.long[:, 2])
     both = lambda of_short, of_long: np.concatenate([of_short, of_long]).astype(np.int64)
-    order = np.argsort(both(table.short[rows, 3], table.long[long_rows, 4]))
+    order = np.argsort(both(table.short[rows, 3], table.long[long_rows, 4])) if in_order else slice(None)
     widths = both(table.short[rows, 1] >> np.uint64(56), table.long[long_rows, 2])[order]
     counts = both(table.short[rows, 2], table.long[long_rows, 3])[order]
     ends = np.cumsum(widths)
@@ -858,14 +867,17 @@ class _Buffers:
 
 # %% ../nbs/03_pretokenization.ipynb #767c3618
 class _ChunkReader:
-    "Reads a file in chunks that end at safe cuts, for any number of threads."
+    """Reads a file in chunks that end at safe cuts, for any number of threads.
 
-    def __init__(self, path, special_tokens: tuple[str, ...], chunk_bytes: int, progress: bool):
+    `part`: where to begin and end, both safe cuts, and the size that the file should have; else all of it."""
+
+    def __init__(self, path, special_tokens: tuple[str, ...], chunk_bytes: int, progress: bool, part=None):
         self.path, self.tables, self.chunk_bytes = path, scan_tables(special_tokens), chunk_bytes
-        self.lock, self.faults, self.at, self.stopped = threading.Lock(), [], 0, False
+        self.lock, self.faults, self.stopped = threading.Lock(), [], False
         self.file = open(path, "rb", buffering=0)
-        self.size = os.fstat(self.file.fileno()).st_size
-        self.bar = tqdm(total=self.size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress)
+        size = os.fstat(self.file.fileno()).st_size
+        self.at, self.end, self.size = part or (0, size, size)
+        self.bar = tqdm(total=size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress)
 
     def close(self) -> None:
         self.file.close()
@@ -891,11 +903,11 @@ def _next_chunk(reader: _ChunkReader, buffers: _Buffers) -> tuple[int, int]:
     "Read the next chunk into `buffers`: its place in the file and its size, which is 0 after the last one."
     with reader.lock:
         at, cut, want = reader.at, 0, reader.chunk_bytes
-        while cut == 0 and at < reader.size and not reader.stopped:
-            size, want = min(want, reader.size - at), 2 * want
+        while cut == 0 and at < reader.end and not reader.stopped:
+            size, want = min(want, reader.end - at), 2 * want
             if len(buffers.starts) < size + BLOCK: buffers.make_room(size)
             _read_exactly(reader, at, memoryview(buffers.text)[:size])
-            cut = size if at + size == reader.size else last_safe_cut(buffers.text, size, reader.tables)
+            cut = size if at + size == reader.end else last_safe_cut(buffers.text, size, reader.tables)
             if cut == 0: _note_fault(buffers.text[:size], at, reader, final=False)
         reader.at = at + cut
         reader.bar.update(cut)
@@ -913,7 +925,7 @@ def _note_fault(text: np.ndarray, at: int, reader: _ChunkReader, final: bool = T
 
 def _count_chunks(reader: _ChunkReader) -> WordTable:
     "What each thread does: count chunks until there are no more."
-    buffers, table = _Buffers(), WordTable()
+    buffers, table = _Buffers(), WordTable((min(1 << 19, (reader.end - reader.at) >> 8) - 1, 1 << 11, 1 << 14))
     try:
         while True:
             at, size = _next_chunk(reader, buffers)
@@ -933,20 +945,72 @@ def _run_threads(reader: _ChunkReader, num_threads: int) -> list[WordTable]:
         finally: reader.stopped = True
 
 # %% ../nbs/03_pretokenization.ipynb #7c35ab00
-def count_words(path: str | os.PathLike, special_tokens: Iterable[str], *, num_threads: int = 1,
-                progress: bool = False, chunk_bytes: int = 1 << 20) -> Words:
-    """The counts of `count_pretokens` as arrays, by compiled code in threads, in the order of the first places.
-
-    Errors as there; also OSError if the file's size changes while it is read. Needs numba: `load_compiled` first."""
-    _check_at_least_one(num_threads=num_threads, chunk_bytes=chunk_bytes)
-    reader = _ChunkReader(path, check_special_tokens(special_tokens), chunk_bytes, progress)
+def _count_part(path, special_tokens: tuple[str, ...], num_threads: int, chunk_bytes: int, progress: bool = False,
+                part: tuple[int, int, int] | None = None) -> WordTable:
+    "The words of a file, or of a part of it, in one table."
+    reader = _ChunkReader(path, special_tokens, chunk_bytes, progress, part)
     try:
         table, *others = _run_threads(reader, num_threads)
         if reader.faults: raise _not_utf8(path, *min(reader.faults))
         _check_unchanged(reader)
     finally: reader.close()
-    while others: table.absorb(others.pop())
-    return words_in_order(table)
+    while others: table.absorb(*others.pop().rows())
+    return table
+
+# %% ../nbs/03_pretokenization.ipynb #fa3bdbb0
+SHARD_BYTES, MAX_PENDING = 1 << 26, 64
+
+
+def safe_shards(path: str | os.PathLike, special_tokens: tuple[str, ...], shard_bytes: int) -> Iterator[tuple[int, int]]:
+    "Ranges of the file, about `shard_bytes` each, that begin and end at safe cuts."
+    size, begin, tables = os.path.getsize(path), 0, scan_tables(special_tokens)
+    longest = max([len(token.encode()) for token in special_tokens], default=0) + 4
+    with open(path, "rb", buffering=0) as file:
+        while begin < size:
+            cut, at, want = 0, begin + shard_bytes, 2 * longest + 256
+            while cut <= longest and at + want < size:  # a cut so near the window's start might lie in a special token
+                file.seek(at)
+                window = np.frombuffer(file.read(want), np.uint8)
+                cut, want = last_safe_cut(window, len(window), tables), 2 * want
+            end = at + cut if cut > longest else size
+            yield begin, end
+            begin = end
+
+# %% ../nbs/03_pretokenization.ipynb #c22f72f3
+def count_shard(path: str, special_tokens: tuple[str, ...], part: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
+    "What an executor's worker does: the rows of the words of a file's part (begin, end, size of the file)."
+    if not compiled_ready(): raise RuntimeError("a worker of the executor has no numba; install it there as well")
+    return _count_part(path, special_tokens, 1, 1 << 19, part=part).rows()
+
+
+def _count_in_executor(path, special_tokens: tuple[str, ...], executor: Executor, progress: bool,
+                       shard_bytes: int) -> WordTable:
+    "`count_shard` of each shard by the executor's workers, added up in order; after an error no more is begun."
+    path, size, table, pending = os.path.abspath(path), os.path.getsize(path), WordTable(), deque()
+    take = lambda: (table.absorb(*pending[0][1].result()), bar.update(pending.popleft()[0]))
+    with tqdm(total=size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress) as bar:
+        try:
+            for begin, end in safe_shards(path, special_tokens, shard_bytes):
+                pending.append((end - begin, executor.submit(count_shard, path, special_tokens, (begin, end, size))))
+                if len(pending) == MAX_PENDING: take()
+            while pending: take()
+        finally:
+            for _, future in pending: future.cancel()
+    return table
+
+# %% ../nbs/03_pretokenization.ipynb #5f39c84d
+def count_words(path: str | os.PathLike, special_tokens: Iterable[str], *, num_threads: int = 1,
+                progress: bool = False, chunk_bytes: int = 1 << 19, executor: Executor | None = None,
+                shard_bytes: int = SHARD_BYTES, in_order: bool = True) -> Words:
+    """The counts of `count_pretokens` as arrays, by compiled code in threads or by the workers of an executor.
+
+    `in_order` of the first places; without it the order is not defined. Errors as there; also OSError if the file's
+    size changes while it is read. Needs numba: `load_compiled` first."""
+    _check_at_least_one(num_threads=num_threads, chunk_bytes=chunk_bytes, shard_bytes=shard_bytes)
+    tokens = check_special_tokens(special_tokens)
+    table = (_count_part(path, tokens, num_threads, chunk_bytes, progress) if executor is None
+             else _count_in_executor(path, tokens, executor, progress, shard_bytes))
+    return words_of(table, in_order)
 
 # %% ../nbs/03_pretokenization.ipynb #594afe17
 MIN_COMPILED_BYTES = 4 << 20  # below this size the clear version is done before compiled code is loaded
@@ -982,16 +1046,18 @@ def _try_once() -> bool:
 
 # %% ../nbs/03_pretokenization.ipynb #44264119
 def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
-                    progress: bool = False, chunk_bytes: int = 1 << 20) -> Counter[bytes]:
+                    progress: bool = False, chunk_bytes: int = 1 << 19, executor: Executor | None = None) -> Counter[bytes]:
     """How often each pre-token (as UTF-8 bytes) occurs in a text file; special tokens separate and are not counted.
 
-    From `MIN_COMPILED_BYTES` on by compiled code in `num_processes` threads (numba; the first call ever compiles for
-    some seconds), else by `count_pretokens_clear`, with the same result in the same order. Memory grows with the
-    distinct pre-tokens, not with the file. FileNotFoundError if there is no file; ValueError, with the byte offset, if
+    From `MIN_COMPILED_BYTES` on by compiled code (numba; the first call ever compiles for some seconds), in
+    `num_processes` threads or, if an `executor` (`concurrent.futures`) is given, by its workers; else by
+    `count_pretokens_clear`, with the same result in the same order. Memory grows with the distinct pre-tokens, not
+    with the file. FileNotFoundError if there is no file; ValueError, with the byte offset, if
     it is not UTF-8; OSError if it changes while it is read. Source: handout problem train_bpe."""
     tokens = check_special_tokens(special_tokens)
     _check_at_least_one(num_processes=num_processes, chunk_bytes=chunk_bytes)
     if os.path.getsize(path) < MIN_COMPILED_BYTES or not compiled_ready():
         return count_pretokens_clear(path, tokens, num_processes=num_processes, progress=progress,
                                      chunk_bytes=chunk_bytes)
-    return count_words(path, tokens, num_threads=num_processes, progress=progress, chunk_bytes=chunk_bytes).counter()
+    return count_words(path, tokens, num_threads=num_processes, progress=progress, chunk_bytes=chunk_bytes,
+                       executor=executor).counter()
