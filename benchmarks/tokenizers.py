@@ -528,10 +528,13 @@ def installed(name: str) -> str | None:
     except importlib.metadata.PackageNotFoundError: return "here"
 
 
-def code_hash() -> str:
-    "Names the code of ours that is measured."
+def trains(row: dict) -> bool: return row["task"] in ("train", "replay") or row.get("of") in ("train", "count")
+
+
+def code_hash(row: dict) -> str:
+    "Names the code of ours that a row measures: chapters 3 and 4, or 2 to 6."
     folder = Path(importlib.util.find_spec("cs336_lm").origin).parent
-    names = ("corpora", "pretokenization", "bpe", "tokenizer", "dataset")
+    names = ("pretokenization", "bpe") if trains(row) else ("corpora", "pretokenization", "bpe", "tokenizer", "dataset")
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:12]
 
 
@@ -587,7 +590,7 @@ def run_all(args) -> None:
         if not version: print(f"{name} is left out: pip install {PACKAGES[name]}")
     about = {"machine": machine(), "text": args.text.name}
     rows = [row for row in all_rows(args) if versions[row["name"]] and fits(row, args.only)]
-    rows = [row | about | {"version": versions[row["name"]], "code": code_hash()} for row in rows]
+    rows = [row | about | {"version": versions[row["name"]], "code": code_hash(row)} for row in rows]
     for row in rows:  # a peer's rows are good whatever the code of ours is
         if row["name"] != "ours" and row["task"] != "replay": del row["code"]
     done = [row for row in read_rows(args.rows) if "error" not in row]
@@ -677,8 +680,8 @@ def setting(row: dict) -> tuple: return tuple(row.get(field) for field in SETTIN
 def medians(rows: list[dict]) -> list[dict]:
     "One entry for each setting and name, of the newest code: the median run, and whether the result is ours."
     rows = [row for row in rows if "error" not in row]
-    code = next((row["code"] for row in reversed(rows) if "code" in row), None)
-    rows, found = [row for row in rows if row.get("code", code) == code], []
+    newest = {trains(row): row["code"] for row in rows if "code" in row}
+    rows, found = [row for row in rows if row.get("code") in (None, newest.get(trains(row)))], []
     for one in dict.fromkeys(map(setting, rows)):
         of = [row for row in rows if setting(row) == one]
         ours = next((row.get("sha256") for row in of if row["name"] == "ours"), None)
@@ -781,7 +784,8 @@ def record(args) -> None:
     table, of = medians(rows), lambda *tasks: [t for t in table if t["task"] in tasks]
     newest = rows[-1]
     content = {"machine": newest["machine"], "python": platform.python_version(), "date": newest["date"][:10],
-               "text": newest["text"], "code": next((row["code"] for row in reversed(rows) if "code" in row), None),
+               "text": newest["text"],
+               "code": {"training" if trains(row) else "encoding": row["code"] for row in rows if "code" in row},
                "versions": {row["name"]: row["version"] for row in rows}, "ties": TIES, "write_up": WRITE_UP,
                "rows": of("train", "encode", "batch", "decode", "short"), "ratios": ratios(table), "line": lines(table),
                "cold": of("cold"), "replay": of("replay"), "check": of("check")}

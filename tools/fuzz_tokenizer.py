@@ -14,6 +14,7 @@ import argparse, ast, importlib.util, json, os, platform, random, re, shutil, su
 import time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +106,7 @@ class Case:
         self.text, self.specials, self.path = text, texts.special_tokens(), folder / "text.txt"
         self.rng_seed = rng.random()
         self.threads, self.chunk = rng.choice((1, 1, 1, 1, 2, 3)), rng.choice((1, 7, 40, 1000, 1 << 20))
-        self.merges, self.block = rng.randint(0, 40), rng.choice((16, 64, 1000, 1 << 19))
+        self.merges, self.block = rng.choice((rng.randint(0, 40), rng.randint(0, 300))), rng.choice((16, 64, 1000, 1 << 19))
 
     def rng(self) -> random.Random: return random.Random(self.rng_seed)
 
@@ -128,7 +129,7 @@ class Checks:
     def __init__(self):
         from cs336_lm import bpe, dataset, pretokenization, tokenizer
         self.bpe, self.dataset, self.pre, self.tok = bpe, dataset, pretokenization, tokenizer
-        self.tokenizers, self.used = [], 0
+        self.tokenizers, self.pool = [], ThreadPoolExecutor(2)
         always_compiled(self.pre, self.bpe, self.tok)
 
     def count(self, case: Case):
@@ -136,6 +137,12 @@ class Checks:
         fast = self.pre.count_pretokens(case.path, case.specials, num_processes=case.threads, chunk_bytes=case.chunk)
         clear = self.pre.count_text(case.text, case.specials)
         return differ([(word.decode(), n) for word, n in fast.items()], list(clear.items()))
+
+    def shards(self, case: Case):
+        "Ranges of the file, counted by an executor's workers."
+        case.path.write_bytes(case.text.encode())
+        fast = self.pre.count_words(case.path, case.specials, executor=self.pool, shard_bytes=case.chunk).counter()
+        return differ({word.decode(): n for word, n in fast.items()}, dict(self.pre.count_text(case.text, case.specials)))
 
     def train(self, case: Case):
         if not case.text: return None
@@ -218,7 +225,7 @@ class Checks:
         if hasattr(self.tok, "BLOCK_BYTES"): self.tok.BLOCK_BYTES = case.block
         words = Counter(re.findall(r"\S+|\s+", case.text + " the cat's hat, 日本語 aaaa")).items()
         counts = {word.encode(): n for word, n in words}
-        vocab, merges = without_warnings(self.bpe.train_bpe_naive, counts, 256 + 5 * case.merges, [])
+        vocab, merges = without_warnings(self.bpe.train_bpe_naive, counts, 256 + case.merges, [])
         few = [b"a", b"b", b" ", b"'", b"s", b"\xe6"]
         if rng.random() < 0.5: merges = any_merges(rng, list(vocab.values())[-40:] + few)
         tokens = list(dict.fromkeys([bytes([b]) for b in range(256)] + [a + b for a, b in merges]))
@@ -255,7 +262,7 @@ def always_compiled(*modules) -> None:
             if hasattr(module, name): setattr(module, name, 1 if name == "LARGE_PIECE" else 0)
 
 
-NAMES = ("count", "train", "encode", "stream", "decode", "file", "not_utf8")
+NAMES = ("count", "shards", "train", "encode", "stream", "decode", "file", "not_utf8")
 
 
 def failure(checks: Checks, name: str, case: Case) -> str | None:
