@@ -566,7 +566,7 @@ def all_rows(args) -> Iterator[dict]:
         yield from turns("short", ENCODERS, sizes[0], vocab=vocab, characters=width, threads=1)
     for turn in range(3): yield once("cold", "ours", "5MB", 32000, 2) | {"turn": turn}
     line = ("train", 10000), ("train", 32000), ("encode", 32000)
-    for size, n, (of, vocab), turn in cross(args.line_sizes, args.threads, line, range(3)):
+    for size, n, (of, vocab), turn in cross(args.line_sizes, args.threads, line, range(min(3, args.repeats))):
         yield once("line", "ours", f"{size}MB", vocab, n, of=of) | {"turn": turn}
     most = max(args.threads)
     for vocab, name in cross(args.vocab, TRAINERS): yield once("replay", name, sizes[0], vocab, most)
