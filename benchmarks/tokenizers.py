@@ -609,7 +609,7 @@ def run_all(args) -> None:
 def title(row: dict) -> str:
     task = f"{row['task']} {row['of']}" if "of" in row else row["task"]
     what = f"{row['characters']} characters" if "characters" in row else f"{row['threads']} thread(s)"
-    return f"{task} {row['name']} {row['size']} {row['vocab']:,} {what}, run {row['turn'] + 1}"
+    return f"{task} {row['name']} {row['size']} {row['vocab']:,} {what}, run {row['turn'] + 1}".replace("  ", " ")
 
 
 def result(found: dict) -> str:
@@ -768,7 +768,7 @@ def show(args) -> None:
 
 def table_row(t: dict, ours: dict) -> str:
     short, seconds = t["task"] == "short", t["seconds"]
-    task = f"{t['task']} {t.get('of', t.get('characters', ''))}"
+    task = f"{t['task']} {t.get('of', t.get('characters', ''))}".strip()
     wall = f"{seconds * 1e6:.2f} us" if short else f"{seconds:.2f} s"
     speed = "" if short else f"{int(t['size'].removesuffix('MB')) / seconds:.0f}"
     memory = " | " if short else f"{t['anonymous_bytes'] / 1e6:.0f} | {t['hwm_bytes'] / 1e6:.0f}"
