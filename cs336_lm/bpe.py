@@ -19,12 +19,13 @@ from .pretokenization import (MIN_COMPILED_BYTES, Words, check_special_tokens, c
                                       count_pretokens, count_words, say_if_slow)
 
 # %% auto #0
-__all__ = ['Word', 'Pair', 'WALL', 'HOLE', 'AHEAD', 'MIN_COMPILED_WORD_BYTES', 'count_pairs', 'best_pair', 'merge_pair',
-           'train_bpe_naive', 'PairTable', 'merge_in_table', 'descending_key', 'lay_out', 'weight_at', 'pair_key',
-           'pair_row', 'new_pair', 'guess_watermark', 'count_slots', 'keep_frequent', 'fill_table', 'place_pairs',
-           'token_order', 'is_above', 'sink', 'rise', 'build_heap', 'best_to_top', 'drop_top', 'neighbours',
-           'merge_places', 'bear', 'fill_places', 'take_losses', 'add_token', 'has_room', 'learn',
-           'learn_merges_compiled', 'pack_words', 'merges_ready', 'train_bpe_from_counts', 'train_bpe']
+__all__ = ['Word', 'Pair', 'WALL', 'HOLE', 'SHELVES', 'AHEAD', 'FIRST_PAIRS', 'MIN_COMPILED_WORD_BYTES', 'count_pairs',
+           'best_pair', 'merge_pair', 'train_bpe_naive', 'PairTable', 'merge_in_table', 'descending_key', 'lay_out',
+           'weight_at', 'pair_key', 'pair_row', 'new_pair', 'guess_watermark', 'count_slots', 'keep_frequent',
+           'fill_table', 'place_pairs', 'token_order', 'is_above', 'sink', 'push', 'drop_top', 'shelve', 'put_all',
+           'next_shelf', 'best_to_top', 'neighbours', 'merge_places', 'bear', 'fill_places', 'take_losses', 'add_token',
+           'has_room', 'learn', 'learn_merges_compiled', 'pack_words', 'merges_ready', 'train_bpe_from_counts',
+           'train_bpe']
 
 # %% ../nbs/04_bpe.ipynb #af58577b
 Word = tuple[bytes, ...]
@@ -308,9 +309,9 @@ def sink(heap, size, i, pairs, heads, texts, ends):
 
 
 @compiled
-def rise(heap, i, pairs, heads, texts, ends):
-    "Move entry `i` up to where the entry above it is greater."
-    count, q = heap[i, 0], heap[i, 1]
+def push(heap, used, count, q, pairs, heads, texts, ends):
+    "Put an entry in: at the end, and up to where the entry above it is greater. used[2]: entries."
+    i, used[2] = used[2], used[2] + 1
     while i > 0:
         k = (i - 1) >> 1
         if not is_above(count, q, heap[k, 0], heap[k, 1], pairs, heads, texts, ends): break
@@ -319,29 +320,60 @@ def rise(heap, i, pairs, heads, texts, ends):
 
 
 @compiled
-def build_heap(heap, used, pairs, tallies, heads, texts, ends):
-    "All pairs into the heap. used[2]: entries."
-    for q in range(used[0]): heap[q, 0], heap[q, 1] = tallies[q, 0], q
-    used[2] = used[0]
-    for i in range(used[2] // 2, -1, -1): sink(heap, used[2], i, pairs, heads, texts, ends)
-
-# %% ../nbs/04_bpe.ipynb #068312b2
-@compiled
-def best_to_top(heap, used, tallies, watermark, pairs, heads, texts, ends):
-    "Correct the entries that come up until the top is true; its pair, or -1 if none is left above the watermark."
-    while used[2] > 0:
-        q = heap[0, 1]
-        if heap[0, 0] == tallies[q, 0]: return q
-        if tallies[q, 0] >= watermark: heap[0, 0] = tallies[q, 0]
-        else: drop_top(heap, used)
-        sink(heap, used[2], 0, pairs, heads, texts, ends)
-    return -1
-
-
-@compiled
-def drop_top(heap, used):
+def drop_top(heap, used, pairs, heads, texts, ends):
     used[2] -= 1
     heap[0, 0], heap[0, 1] = heap[used[2], 0], heap[used[2], 1]
+    sink(heap, used[2], 0, pairs, heads, texts, ends)
+
+# %% ../nbs/04_bpe.ipynb #068312b2
+SHELVES = 1 << 16
+
+
+@compiled
+def shelve(q, count, watermark, shelves, links):
+    "Put a pair on the shelf of its count, unless it is below the watermark."
+    if count >= watermark: links[q], shelves[count] = shelves[count], q
+
+
+@compiled
+def put_all(heap, used, tallies, watermark, shelves, links, pairs, heads, texts, ends):
+    "All pairs into the heap or on their shelves. used[5]: the level."
+    used[2], used[5] = 0, len(shelves)
+    for q in range(used[0]):
+        count = tallies[q, 0]
+        if count >= used[5]: push(heap, used, count, q, pairs, heads, texts, ends)
+        else: shelve(q, count, watermark, shelves, links)
+
+
+@compiled
+def next_shelf(heap, used, tallies, watermark, shelves, links, pairs, heads, texts, ends):
+    "Lower the level to the next shelf with pairs on it and put them into the empty heap; False if there is none."
+    level = used[5] - 1
+    while level >= watermark and shelves[level] < 0: level -= 1
+    if level < watermark: return False
+    used[5], q, shelves[level] = level, shelves[level], -1
+    while q >= 0:
+        follower, count = links[q], tallies[q, 0]
+        if count == level: push(heap, used, count, q, pairs, heads, texts, ends)
+        else: shelve(q, count, watermark, shelves, links)
+        q = follower
+    return True
+
+# %% ../nbs/04_bpe.ipynb #fbc1ae70
+@compiled
+def best_to_top(heap, used, tallies, watermark, shelves, links, pairs, heads, texts, ends):
+    "Correct the entries that come up until the top is true; its pair, or -1 if none is left above the watermark."
+    while used[2] or next_shelf(heap, used, tallies, watermark, shelves, links, pairs, heads, texts, ends):
+        if used[2] == 0: continue  # all that lay on the shelf was out of date
+        q, count = heap[0, 1], tallies[heap[0, 1], 0]
+        if heap[0, 0] == count: return q
+        if count >= used[5]:
+            heap[0, 0] = count
+            sink(heap, used[2], 0, pairs, heads, texts, ends)
+        else:
+            drop_top(heap, used, pairs, heads, texts, ends)
+            shelve(q, count, watermark, shelves, links)
+    return -1
 
 # %% ../nbs/04_bpe.ipynb #8fbae290
 AHEAD = 24  # places
@@ -379,8 +411,8 @@ def merge_places(a, b, new_id, mine, ends, slots, counts, near, events, found):
 # %% ../nbs/04_bpe.ipynb #1a287aae
 @compiled
 def bear(near, side, found, n, new_id, watermark, arrays, used):
-    "Number the new token's pairs with the neighbours of one side, and push them."
-    table, pairs, tallies, heap, heads, texts, ends = arrays
+    "Number the new token's pairs with the neighbours of one side, and put them into the heap or on a shelf."
+    table, pairs, tallies, heap, shelves, links, heads, texts, ends = arrays
     for k in range(n):
         x = np.int64(found[k, side >> 1])
         weight, occurrences = near[x, side], near[x, side + 1]
@@ -389,8 +421,8 @@ def bear(near, side, found, n, new_id, watermark, arrays, used):
         q = new_pair(table, pairs, used, x if side == 0 else new_id, new_id if side == 0 else x)
         tallies[q, 0], tallies[q, 1], tallies[q, 2] = weight, used[1], occurrences
         near[x, side + 1], used[1] = used[1], used[1] + occurrences
-        heap[used[2], 0], heap[used[2], 1], used[2] = weight, q, used[2] + 1
-        rise(heap, used[2] - 1, pairs, heads, texts, ends)
+        if weight >= used[5]: push(heap, used, weight, q, pairs, heads, texts, ends)
+        else: shelve(q, weight, watermark, shelves, links)
 
 
 @compiled
@@ -429,12 +461,12 @@ def add_token(t, a, b, heads, texts, ends):
 @compiled
 def has_room(q, new_id, places, events, arrays, used):
     "Whether all arrays have room for what merging pair `q` can add. used[4] becomes the number of its places."
-    table, pairs, tallies, heap, heads, texts, ends = arrays
+    table, pairs, tallies, heap, shelves, links, heads, texts, ends = arrays
     used[4] = tallies[q, 2]
     more = min(2 * used[4], 2 * new_id + 2)
     width = ends[pairs[q, 0] + 1] - ends[pairs[q, 0]] + ends[pairs[q, 1] + 1] - ends[pairs[q, 1]]
     return (used[0] + more <= len(pairs) and 2 * (used[0] + more) < len(table) and used[1] + 2 * used[4] <= len(places)
-            and 2 * used[4] < len(events) and used[2] + more <= len(heap) and ends[new_id] + width <= len(texts))
+            and 2 * used[4] < len(events) and ends[new_id] + width <= len(texts))
 
 # %% ../nbs/04_bpe.ipynb #4b15a8f1
 @compiled
@@ -442,15 +474,14 @@ def learn(slots, counts, places, near, events, found, arrays, used, merges, stop
     """Make merges until there are `stop` (used[3]: how many there are).
 
     0: done, 1: no pair is left above the watermark, 2: room is needed."""
-    table, pairs, tallies, heap, heads, texts, ends = arrays
+    table, pairs, tallies, heap, shelves, links, heads, texts, ends = arrays
     while used[3] < stop:
         new_id = 256 + used[3]
-        q = best_to_top(heap, used, tallies, watermark, pairs, heads, texts, ends)
+        q = best_to_top(heap, used, tallies, watermark, shelves, links, pairs, heads, texts, ends)
         if q < 0: return 1
         if not has_room(q, new_id, places, events, arrays, used): return 2
         a, b, begin = pairs[q, 0], pairs[q, 1], tallies[q, 1]
-        drop_top(heap, used)
-        sink(heap, used[2], 0, pairs, heads, texts, ends)
+        drop_top(heap, used, pairs, heads, texts, ends)
         merges[used[3], 0], merges[used[3], 1] = a, b
         add_token(new_id, a, b, heads, texts, ends)
         n, lefts, rights = merge_places(a, b, new_id, places[begin:begin + used[4]], ends, slots, counts, near, events,
@@ -474,10 +505,10 @@ def _longer(array: np.ndarray, length: int) -> np.ndarray:
 
 
 class _Index:
-    "The arrays that `learn` works on, and what of them is in use: pairs, places, heap entries, merges."
+    "The arrays that `learn` works on; `used`: pairs, places, heap entries, merges, places of a pair, the level."
 
     def __init__(self, words: Words, num_merges: int):
-        self.counts, self.used, tokens = words.counts, np.zeros(5, np.int64), 257 + num_merges
+        self.counts, self.used, tokens = words.counts, np.zeros(6, np.int64), 257 + num_merges
         slots = np.empty((len(words.text) + len(words.ends) + 1, 2), np.int32)
         self.slots = slots[:lay_out(words.text, words.ends, words.counts, slots)]
         self.texts, self.ends = np.zeros(1 << 17, np.uint8), np.zeros(tokens, np.int64)
@@ -488,15 +519,19 @@ class _Index:
         self.merges, self.watermark, self.near[-1] = np.zeros((num_merges, 2), np.int32), 0, 1
 
     def learn(self, stop: int) -> int:
-        arrays = self.table, self.pairs, self.tallies, self.heap, self.heads, self.texts, self.ends
+        arrays = (self.table, self.pairs, self.tallies, self.heap, self.shelves, self.links, self.heads, self.texts,
+                  self.ends)
         return learn(self.slots, self.counts, self.places, self.near, self.events, self.found, arrays, self.used,
                      self.merges, stop, self.watermark)
 
 # %% ../nbs/04_bpe.ipynb #6f1ec30a
+FIRST_PAIRS = 1 << 16  # room for as many pairs as there are of bytes
+
+
 def _rebuild(index: _Index, watermark: int) -> None:
     "Index the pairs that occur at least `watermark` times in the slots as they are now."
     self, used, index.watermark = index, index.used, watermark
-    self.table, self.pairs, self.tallies = (np.zeros((1 << n, k), np.int64) for n, k in ((17, 2), (16, 2), (16, 3)))
+    self.table, self.pairs, self.tallies = (np.zeros((n * FIRST_PAIRS, k), np.int64) for n, k in ((2, 2), (1, 2), (1, 3)))
     used[0], begin = 0, 1
     while begin < len(self.slots):
         begin = count_slots(self.slots, begin, self.counts, self.ends, self.table, self.pairs, self.tallies, used)
@@ -504,9 +539,11 @@ def _rebuild(index: _Index, watermark: int) -> None:
     keep_frequent(watermark, self.pairs, self.tallies, used)
     self.table = np.zeros((1 << int(4 * used[0] + 256).bit_length(), 2), np.int64)
     fill_table(self.table, self.pairs, used[0])
-    self.places, self.heap = np.zeros(3 * used[1] // 2 + 1024, np.int32), np.zeros((2 * len(self.pairs), 2), np.int64)
+    self.places, self.heap = np.zeros(3 * used[1] // 2 + 1024, np.int32), np.zeros((len(self.pairs), 2), np.int64)
+    self.shelves, self.links = np.full(SHELVES, -1, np.int32), np.zeros(len(self.pairs), np.int32)
     place_pairs(self.slots, self.ends, self.table, self.tallies, self.places)
-    build_heap(self.heap, used, self.pairs, self.tallies, self.heads, self.texts, self.ends)
+    put_all(self.heap, used, self.tallies, watermark, self.shelves, self.links, self.pairs, self.heads, self.texts,
+            self.ends)
 
 
 def _make_room(index: _Index, pairs: int, places: int) -> None:
@@ -519,7 +556,7 @@ def _make_room(index: _Index, pairs: int, places: int) -> None:
         fill_table(self.table, self.pairs, used[0])
     if places:
         self.places, self.events = _longer(self.places, used[1] + places), _longer(self.events, places + 1)
-        self.heap = _longer(self.heap, used[2] + pairs)
+        self.heap, self.links = _longer(self.heap, len(self.pairs)), _longer(self.links, len(self.pairs))
 
 # %% ../nbs/04_bpe.ipynb #13f79fcb
 def learn_merges_compiled(words: Words, num_merges: int, progress: bool = False,
@@ -539,7 +576,7 @@ def learn_merges_compiled(words: Words, num_merges: int, progress: bool = False,
             bar.update(int(index.used[3]) - bar.n)
     texts, ends = index.texts.tobytes(), index.ends.tolist()
     tokens = [texts[a:b] for a, b in zip(ends, ends[1:])]
-    return [(tokens[a], tokens[b]) for a, b in index.merges[:index.used[3]].tolist()]
+    return [(tokens[a], tokens[b]) for a, b in zip(*index.merges[:index.used[3]].T.tolist())]
 
 # %% ../nbs/04_bpe.ipynb #543e24ac
 def pack_words(counts: Mapping[bytes, int]) -> Words:

@@ -665,7 +665,7 @@ def add_long(long, store, stored, words, begin, width, times, place):
     return (width + 7) >> 3
 
 # %% ../nbs/03_pretokenization.ipynb #851c2802
-BATCH, NO_KEY = 64, 0xFFFFFFFFFFFFFFFF
+BATCH, NO_KEY = 128, 0xFFFFFFFFFFFFFFFF
 
 
 @compiled
@@ -744,7 +744,7 @@ class WordTable:
     "Words and how often each was counted, in arrays that compiled code can fill; memory grows with distinct words."
 
     def __init__(self, room=((1 << 17) - 1, 1 << 11, 1 << 15)):
-        short, long, store = (1 << int(n).bit_length() for n in room)
+        short, long, store = (1 << max(10, int(n).bit_length()) for n in room)
         self.short, self.long = _aligned_zeros(2 * short, 4), _aligned_zeros(2 * long, 5)
         self.store, self.used = np.zeros(store + 2, np.uint64), np.zeros(3, np.int64)
         self.batch = _aligned_zeros(BATCH, 3)
@@ -925,7 +925,8 @@ def _note_fault(text: np.ndarray, at: int, reader: _ChunkReader, final: bool = T
 
 def _count_chunks(reader: _ChunkReader) -> WordTable:
     "What each thread does: count chunks until there are no more."
-    buffers, table = _Buffers(), WordTable((min(1 << 19, (reader.end - reader.at) >> 8) - 1, 1 << 11, 1 << 14))
+    size = min(1 << 19, (reader.end - reader.at) >> 8)  # a guess at the number of words, so that tables seldom grow
+    buffers, table = _Buffers(), WordTable((size - 1, size >> 4, size >> 2))
     try:
         while True:
             at, size = _next_chunk(reader, buffers)

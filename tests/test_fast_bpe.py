@@ -1,10 +1,12 @@
 "The compiled versions inside chapters 03 and 04 against the clear ones: Unicode, threads, chunk sizes, faults."
 import importlib.util
 import itertools
+import multiprocessing
 import platform
 import subprocess
 import sys
 import warnings
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -18,6 +20,7 @@ from cs336_lm.pretokenization import count_pretokens, count_pretokens_clear, cou
 
 settings.register_profile("book", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("book")
+SPECIAL = "<|endoftext|>"
 
 DENSE = st.text(st.sampled_from("aslvert'1½ \n\t\u0085\u3000!|<>é日。😀\u0301"), max_size=60)
 TEXT = st.one_of(DENSE, st.text(max_size=60), st.text(st.characters(max_codepoint=0x2FF), max_size=60))
@@ -97,7 +100,7 @@ def test_twins_of_the_vector_code(twins, text, specials):
 @given(TEXT | LONG, SPECIALS)
 @settings(max_examples=60)
 def test_twins_in_plain_python(twins, text, specials):
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore"):
         for name, function in list(vars(twins).items()):
             if hasattr(function, "py_func"): patch.setattr(twins, name, function.py_func)
         assert scan(text, specials, twins.find_starts) == scan(text, specials, twins.find_pieces) == clear_scan(text, specials)
@@ -148,6 +151,94 @@ def test_counts_in_files(tmp_path, text, specials, threads, chunk_bytes):
     path.write_bytes(text.encode())
     words = count_words(path, specials, num_threads=threads, chunk_bytes=chunk_bytes)
     assert list(words.counter().items()) == list(count_pretokens_clear(path, specials).items())
+    assert count_words(path, specials, num_threads=threads, in_order=False).counter() == words.counter()
+
+
+@given(TEXT | WORDY | LONG, SPECIALS, st.integers(1, 60))
+@settings(max_examples=100)
+def test_twins_count_alike(tmp_path, twins, text, specials, chunk_bytes):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    words = twins.count_words(path, specials, num_threads=2, chunk_bytes=chunk_bytes)
+    assert list(words.counter().items()) == list(count_pretokens_clear(path, specials).items())
+
+
+# -- executors
+
+@given(TEXT | WORDY | LONG, SPECIALS, st.integers(1, 60))
+@settings(max_examples=150)
+def test_shards_of_an_executor(tmp_path, text, specials, shard_bytes):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    with ThreadPoolExecutor(2) as executor: words = count_words(path, specials, executor=executor, shard_bytes=shard_bytes)
+    assert list(words.counter().items()) == list(count_pretokens_clear(path, specials).items())
+
+
+def test_shards_are_as_many_as_wanted(tmp_path):
+    path = tmp_path / "text.txt"
+    for text in ("many words, no token at all. " * 3000, "<|endoftext|>" * 5000, "一二三，四五六。" * 5000, "word\n" * 9000):
+        path.write_text(text, encoding="utf-8")
+        shards = list(pre.safe_shards(path, ("<|endoftext|>",), 4096))
+        assert [0, *(end for _, end in shards)] == [*(begin for begin, _ in shards), path.stat().st_size]
+        assert max(end - begin for begin, end in shards) < 2 * 4096
+    path.write_text("a" * 20_000)
+    assert list(pre.safe_shards(path, (), 512)) == [(0, 20_000)]
+
+
+@pytest.fixture(scope="module")
+def some_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shards") / "text.txt"
+    path.write_text("".join(f"{n % 977} words, isn't{n}<|endoftext|>\n" for n in range(20_000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool: yield pool
+
+
+@pytest.fixture(scope="module")
+def dask():
+    distributed = pytest.importorskip("distributed", reason="Dask's distributed is not installed (extra: dask)")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client: yield client.get_executor()
+
+
+@pytest.mark.parametrize("name", ["processes", "dask"])
+def test_any_executor_gives_the_same_merges(name, request, some_text, always_compiled, monkeypatch):
+    executor = request.getfixturevalue(name)
+    monkeypatch.setitem(pre.count_words.__kwdefaults__, "shard_bytes", 100_000)
+    assert train_bpe(some_text, 800, [SPECIAL], executor=executor) == train_bpe(some_text, 800, [SPECIAL])
+    assert list(count_pretokens(some_text, [SPECIAL], executor=executor).items()) == \
+        list(count_pretokens_clear(some_text, [SPECIAL]).items())
+
+
+def test_an_executor_tells_faults(tmp_path, processes, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"good words " * 10_000 + b"\xff" + b" more words" * 10_000 + b"\xfe")
+    with pytest.raises(ValueError, match="text.txt is not UTF-8: .* at byte 110,000;"):
+        count_words(path, [], executor=processes, shard_bytes=50_000)
+    path.write_text("some words " * 10_000)
+    pending, original = [], pre.safe_shards
+    def shrinking(*args):
+        for shard in original(*args):
+            with open(path, "r+b") as file: file.truncate(80_000)
+            yield shard
+    monkeypatch.setattr(pre, "safe_shards", shrinking)
+    with pytest.raises(OSError, match="changed from 110,000 to 80,000 bytes"):
+        count_words(path, [], executor=processes, shard_bytes=30_000)
+
+
+def test_an_interrupt_cancels_what_an_executor_has_not_begun(some_text):
+    class Never(Executor):
+        def __init__(self): self.futures = []
+        def submit(self, *args):
+            self.futures.append(Future())
+            if len(self.futures) == 3: raise KeyboardInterrupt
+            return self.futures[-1]
+    executor = Never()
+    with pytest.raises(KeyboardInterrupt): count_words(some_text, [], executor=executor, shard_bytes=10_000)
+    assert [future.cancelled() for future in executor.futures] == [True, True, False]
 
 
 def test_tables_grow(tmp_path):
@@ -305,12 +396,13 @@ def quick(counts, num_merges):
     return bpe._learn_merges(PairTable({word: n for word, n in counts.items() if n > 0}), num_merges, False)
 
 
-@given(COUNTS, st.integers(0, 80))
-@settings(max_examples=400)
-def test_merges_are_those_of_the_clear_version(counts, num_merges):
+@given(COUNTS, st.integers(0, 80), st.none() | st.integers(1, 20) | st.integers(1, 2**53))
+@settings(max_examples=600)
+def test_merges_are_those_of_the_clear_version(counts, num_merges, watermark):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert learn_merges_compiled(pack_words(counts), num_merges) == train_bpe_naive(counts, 256 + num_merges)[1]
+        merges = learn_merges_compiled(pack_words(counts), num_merges, watermark=watermark)
+        assert merges == train_bpe_naive(counts, 256 + num_merges)[1]
 
 
 def made_up_words(how_many: int) -> dict[bytes, int]:
@@ -321,9 +413,11 @@ def made_up_words(how_many: int) -> dict[bytes, int]:
 
 def test_arrays_grow(monkeypatch):
     counts, grown, original = made_up_words(15_000), [], bpe._make_room
-    monkeypatch.setattr(bpe, "_make_room", lambda arrays, used: (grown.append(1), original(arrays, used)))
-    assert learn_merges_compiled(pack_words(counts), 6_000) == quick(counts, 6_000)
-    assert grown
+    monkeypatch.setattr(bpe, "_make_room", lambda index, *more: (grown.append(more[1] > 0), original(index, *more)))
+    monkeypatch.setattr(bpe, "FIRST_PAIRS", 64)
+    expected = quick(counts, 6_000)
+    for watermark in (1, 7, 10**9): assert learn_merges_compiled(pack_words(counts), 6_000, watermark=watermark) == expected
+    assert {False, True} == set(grown), "room for counting all pairs, and for what merges add"
 
 
 def test_long_words_and_long_entries():
