@@ -154,7 +154,7 @@ def read_block(reader: BlockReader, bench: Bench) -> int:
     read_exactly(reader, memoryview(bench.text)[:size])
     if reader.at + size == reader.size: return size
     if cut := pretokenization.last_safe_cut(bench.text, size, bench.scan): return cut
-    found = pretokenization.find_pieces(bench.text, size, bench.scan, bench.starts)
+    found = pretokenization.find_starts(bench.text, size, bench.scan, bench.starts)
     if found < 0 and ~found < size - 4: raise_not_utf8(reader.path, reader.at, bench.text[:size].tobytes())
     bench.make_room(2 * bench.size)  # one long word
     return 0
@@ -185,12 +185,13 @@ def raise_not_utf8(path: str | os.PathLike, at: int, block: bytes) -> NoReturn:
 # %% ../nbs/06_dataset.ipynb #c7beaf6f
 def encode_block(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype) -> tuple[int, int, np.ndarray | Exception]:
     "Number, size and ids of the reader's next block, or what went wrong."
-    number = size = None
+    number, size, bench = None, None, encoder.take()
     try:
-        with encoder.bench() as bench:
-            number, at, size = reader.next_block(bench)
-            try: return number, size, bench.ids(size).astype(dtype)
-            except UnicodeDecodeError: raise_not_utf8(reader.path, at, bench.text[:size].tobytes())
+        number, at, size = reader.next_block(bench)
+        try: ids = bench.ids(size).astype(dtype)
+        except UnicodeDecodeError: raise_not_utf8(reader.path, at, bench.text[:size].tobytes())
+        encoder.put(bench)
+        return number, size, ids
     except (ValueError, OSError, MemoryError) as error:
         return (reader.blocks if number is None else number), size, error  # where reading failed, it goes no further
 

@@ -5,13 +5,14 @@
 # %% ../nbs/05_tokenizer.ipynb #95313215
 from __future__ import annotations
 
-import hashlib, heapq, html, importlib, json, os, sys, threading
+import hashlib, heapq, html, importlib, io, json, os, sys, threading
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -26,19 +27,21 @@ if TYPE_CHECKING: import tiktoken, tokenizers
 
 # %% auto #0
 __all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'LOAD_CHARS', 'FAST_CHARS',
-           'LARGE_PIECE', 'NO_RANK', 'SHORT_WORD', 'SHORT_ROWS', 'WIDE_ROWS', 'BLOCK_BYTES', 'DECODE_BLOCK',
-           'TOKEN_COLOURS', 'VIEW_STYLE', 'merge_in_order', 'merge_by_rank', 'merge_with_heap', 'invert_vocab',
-           'check_merge', 'append_specials', 'join_tokens', 'text_parts', 'new_cache', 'remember', 'encode_utf8',
-           'look_up', 'ByteLevelBPE', 'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces',
-           'byte_to_unicode', 'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays',
-           'last_cut', 'Tokenizer', 'save_tokenizer', 'read_specials', 'load_tokenizer', 'pair_row', 'find_rank',
-           'fill_ranks', 'MergeTables', 'merge_tables', 'offer', 'start_word', 'gather', 'merge_short', 'heap_push',
-           'heap_pop', 'push_pair', 'merge_long', 'WordCache', 'word_cache', 'short_row', 'keep_short', 'word_part',
-           'wide_row', 'keep_wide', 'put_wide', 'merge_and_keep', 'encode_rare', 'find_special', 'put_short',
-           'encode_pieces', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder', 'load_encoder', 'warm_up',
-           'make_fast', 'TokenBytes', 'token_bytes', 'decoded_size', 'gather_bytes', 'decode_fast', 'decode_blocks',
-           'in_order', 'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView', 'mergeable_ranks',
-           'check_all_bytes', 'need', 'tiktoken_encoding', 'huggingface_vocab', 'huggingface_tokenizer']
+           'FAST_IDS', 'LARGE_PIECE', 'STORE_TWINS', 'NO_ID', 'NO_RANK', 'SHORT_WORD', 'NO_OFFER', 'CACHE_ROWS',
+           'KEY_MASKS', 'BATCH', 'BLOCK_BYTES', 'DECODE_BLOCK', 'DECODE_IDS', 'TOKEN_COLOURS', 'VIEW_STYLE',
+           'merge_in_order', 'merge_by_rank', 'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials',
+           'join_tokens', 'text_parts', 'new_cache', 'remember', 'encode_utf8', 'look_up', 'ByteLevelBPE',
+           'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'byte_to_unicode', 'token_to_text',
+           'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays', 'last_cut', 'Tokenizer', 'save_tokenizer',
+           'read_specials', 'load_tokenizer', 'put_four', 'copy_16', 'highest_bit', 'store_code', 'pair_row',
+           'pair_group', 'find_rank', 'place_group', 'place_pairs', 'pair_table', 'pair_group_of', 'MergeTables',
+           'merge_tables', 'start_word', 'least_offer', 'merge_short', 'heap_push', 'heap_pop', 'gather', 'push_pair',
+           'merge_long', 'keep_word', 'same_word', 'put_row', 'ask_for_rows', 'find_special', 'merge_and_keep',
+           'encode_rare', 'encode_pieces', 'lay_out', 'part_of', 'encode_laid_out', 'encode_16', 'encode_32', 'Bench',
+           'raise_not_utf8', 'block_ids', 'FastEncoder', 'telling', 'load_encoder', 'warm_up', 'make_fast',
+           'TokenTable', 'token_table', 'decode_some', 'decode_array', 'id_array', 'in_order', 'thread_count',
+           'text_groups', 'visible', 'token_html', 'TokenView', 'mergeable_ranks', 'check_all_bytes', 'need',
+           'tiktoken_encoding', 'huggingface_vocab', 'huggingface_tokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #1fe35062
 def merge_in_order(pretoken: bytes, merges: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
@@ -331,7 +334,8 @@ def read_merges(path: str | os.PathLike, ids: Mapping[bytes, int]) -> list[tuple
 
 # %% ../nbs/05_tokenizer.ipynb #984ff91f
 LOAD_CHARS = 1 << 20  # a text so long makes us load the compiled code
-FAST_CHARS = 48  # once it is loaded, it serves texts so long
+FAST_CHARS = 1  # once it is loaded, it serves texts so long
+FAST_IDS = 128  # and decodes so many ids
 LARGE_PIECE = 1 << 16  # and pieces of a stream so long
 _loaded: list[bool] = []  # empty: nobody has asked yet
 
@@ -359,9 +363,16 @@ class Tokenizer(ByteLevelBPE):
     def encode(self, text: str) -> list[int]:
         """The ids of a text. `ValueError` for a byte that the vocabulary lacks and for lone surrogates.
 
-        Large texts go through compiled code (numba; the first one of an installation waits for the compiler)."""
-        fast = self.fast if pays(len(text)) else None
-        return fast.encode(text) if fast else super().encode(text)
+        Large texts go through compiled code (numba; the first one of an installation waits for the compiler), and once
+        it is loaded, for instance by `load_encoder()`, short ones too."""
+        if len(text) >= (FAST_CHARS if _loaded else LOAD_CHARS) and (fast := self.fast): return fast.encode(text)
+        return super().encode(text)
+
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        "The ids of a text (bytes: UTF-8) as one array, uint16 if the vocabulary fits, else uint32; errors as `encode`."
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32 if self.vocab_size <= 1 << 32 else np.uint64
+        if pays(len(text)) and self.fast: return self.fast.whole(text)
+        return np.array(super().encode(text.decode() if isinstance(text, bytes) else text), dtype)
 
     def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[list[int]]:
         "The ids of each text. `num_threads` (default: the processors, at most 8) serve where compiled code does."
@@ -390,11 +401,23 @@ class Tokenizer(ByteLevelBPE):
             yield from self._ids_of(parts)
         yield from super().encode(held + "".join(waiting))
 
+    def decode(self, ids: Iterable[int]) -> str:
+        "The text of these ids, U+FFFD for malformed bytes; `ValueError` naming an id that the vocabulary lacks."
+        ids = ids if hasattr(ids, "__len__") else list(ids)
+        data = self._decoded(ids)
+        return str(join_tokens(self.vocab, ids) if data is None else data.getbuffer(), "utf-8", "replace")
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         "The bytes of these ids, which may end inside a character; `ValueError` naming an unknown id."
         ids = ids if hasattr(ids, "__len__") else list(ids)
-        data = decode_blocks(self._token_bytes, ids) if pays(len(ids)) and self.fast and self._token_bytes else None
-        return join_tokens(self.vocab, ids) if data is None else data
+        data = self._decoded(ids)
+        return join_tokens(self.vocab, ids) if data is None else data.getvalue()
+
+    def _decoded(self, ids: Sequence[int]) -> io.BytesIO | None:
+        "What compiled code makes of the ids; None if the clear version must serve, or say what is wrong."
+        if len(ids) < (FAST_IDS if _loaded else LOAD_CHARS) or not self.fast or not self._token_table: return None
+        flat = id_array(ids)
+        return None if flat is None else decode_array(self._token_table, flat)
 
     @cached_property
     def fast(self) -> FastEncoder | None:
@@ -402,9 +425,9 @@ class Tokenizer(ByteLevelBPE):
         return make_fast(self)
 
     @cached_property
-    def _token_bytes(self) -> TokenBytes | None:
+    def _token_table(self) -> TokenTable | None:
         mostly_gaps = self.vocab_size > 16 * len(self.vocab) + (1 << 20)
-        return None if mostly_gaps else token_bytes(self.vocab)
+        return None if mostly_gaps else token_table(self.vocab)
 
     def _large(self, piece: str) -> bool:
         return len(piece) >= LARGE_PIECE and pays(len(piece)) and self.fast is not None
@@ -494,104 +517,234 @@ def _check_meta(tokenizer: Tokenizer, meta: dict, directory: Path) -> None:
     tokenizer.trained_on = meta.get("trained_on")
 
 # %% ../nbs/05_tokenizer.ipynb #c16f4d0e
-NO_RANK = 0x7FFFFFFF  # for pairs that no merge joins
+def put_four(out, n, low, high):
+    "Write four ids to out[n:n + 4]: those of 16 bits all stand in `low`, those of 32 bits two in `low`, two in `high`."
+    for k in range(4):
+        if out.itemsize == 2: out[n + k] = low >> np.uint64(16 * k) & np.uint64(0xFFFF)
+        else: out[n + k] = (low if k < 2 else high) >> np.uint64(32 * (k & 1)) & np.uint64(0xFFFFFFFF)
 
 
-@compiled
-def pair_row(pairs, key):
-    "The row of a pair's key in the table of (key, rank), or the empty row where it belongs."
-    mixed, mask = key * np.uint64(0x9E3779B97F4A7C15), np.uint64(len(pairs) - 1)
-    row = (mixed ^ mixed >> np.uint64(32)) & mask
-    while pairs[row, 0] != key and pairs[row, 0] != np.uint64(0xFFFFFFFFFFFFFFFF): row = (row + np.uint64(1)) & mask
-    return row
+def copy_16(source, i, target, k):
+    "target[k:k + 16] = source[i:i + 16], both of bytes."
+    for n in range(16): target[k + n] = source[i + n]
 
 
-@compiled
-def find_rank(pairs, left, right):
-    "The rank of the merge that joins two ids, or NO_RANK."
-    row = pair_row(pairs, np.uint64(left) << np.uint64(32) | np.uint64(right))
-    return np.int64(pairs[row, 1])
+def highest_bit(mask):
+    "The place of the highest bit of a mask that is not 0."
+    place = 0
+    for k in range(64):
+        if mask >> np.uint64(k) & np.uint64(1): place = k
+    return place
 
 # %% ../nbs/05_tokenizer.ipynb #84b4c410
-@compiled
-def fill_ranks(pairs, keys, byte_ids, first):
-    "Put the merges' keys into the empty table, a key that comes twice at its lower rank; then the ranks of byte pairs."
-    for rank in range(len(keys)):
-        row = pair_row(pairs, keys[rank])
-        if pairs[row, 0] != keys[rank]: pairs[row, 0], pairs[row, 1] = keys[rank], np.uint64(rank)
-    for a in range(256):
-        for b in range(256): first[a << 8 | b] = find_rank(pairs, byte_ids[a], byte_ids[b])
+@lru_cache(maxsize=1)
+def store_code() -> dict[str, Callable]:
+    "VECTOR INTRINSICS: LLVM code for the three functions above, by name. Loads and stores are not checked for bounds."
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+    bit, byte, int64 = (ir.IntType(n) for n in (1, 8, 64))
+    sixteen = ir.VectorType(byte, 16)
+
+    def place(context, builder, kind, array, offset, pointed):
+        data = builder.bitcast(context.make_array(kind)(context, builder, array).data, byte.as_pointer())
+        return builder.bitcast(builder.gep(data, [offset]), pointed.as_pointer())
+
+    @intrinsic
+    def put_four(typing, out, n, low, high):
+        def write(context, builder, signature, args):
+            width = out.dtype.bitwidth // 8
+            for part in range(width // 2):
+                offset = builder.add(builder.mul(args[1], int64(width)), int64(8 * part))
+                builder.store(args[2 + part], place(context, builder, out, args[0], offset, int64), align=1)
+            return context.get_dummy_value()
+        return types.void(out, types.intp, types.uint64, types.uint64), write
+
+    @intrinsic
+    def copy_16(typing, source, i, target, k):
+        def write(context, builder, signature, args):
+            data = builder.load(place(context, builder, source, args[0], args[1], sixteen), align=1)
+            builder.store(data, place(context, builder, target, args[2], args[3], sixteen), align=1)
+            return context.get_dummy_value()
+        return types.void(source, types.intp, target, types.intp), write
+
+    @intrinsic
+    def highest_bit(typing, mask):
+        def write(context, builder, signature, args): return builder.sub(int64(63), builder.ctlz(args[0], bit(1)))
+        return types.intp(types.uint64), write
+
+    return {f.__name__: f for f in (put_four, copy_16, highest_bit)}
 
 # %% ../nbs/05_tokenizer.ipynb #391a8d60
+STORE_TWINS = {f.__name__: f for f in (put_four, copy_16, highest_bit)}
+
+
+def _try_stores(narrow, wide, text):
+    low, high = np.uint64(0x0123456789ABCDEF), np.uint64(0xFEDCBA9876543210)
+    put_four(narrow, 1, low, high)
+    put_four(wide, 1, low, high)
+    copy_16(text, 3, text, 24)
+    return highest_bit(low)
+
+
+def _stores_tried(function: Callable) -> list:
+    arrays = np.zeros(6, np.uint16), np.zeros(6, np.uint32), np.arange(48, dtype=np.uint8)
+    return [function(*arrays), *(array.tolist() for array in arrays)]
+
+
+def _choose_stores() -> None:
+    "Put the code above in the place of its twins where it works, and the compiled twins elsewhere."
+    expected, space = _stores_tried(_try_stores), _try_stores.__globals__
+    try:
+        space |= store_code()
+        same = _stores_tried(pretokenization._compile(_try_stores)) == expected
+    except Exception: same = False  # whatever is wrong: it is not needed
+    if not same: space |= {name: pretokenization._compile(twin) for name, twin in STORE_TWINS.items()}
+
+
+pretokenization._twins.append(_choose_stores)
+
+# %% ../nbs/05_tokenizer.ipynb #ccb04779
+NO_ID = (1 << 20) - 1  # what stands beside the first and the last part of a word; ids are smaller
+NO_RANK = 1 << 24  # for pairs that no merge joins; ranks are smaller
+
+
+@compiled
+def pair_row(hashed, shift, rows):
+    "The row of a hash in the group with this shift."
+    step = hashed >> np.uint64(30) | np.uint64(1)
+    return np.int64((hashed >> np.uint64(8)) + np.uint64(shift) * step & np.uint64(rows - 1))
+
+
+@compiled
+def pair_group(hashed, groups):
+    "The group of a hash."
+    return np.int64(hashed >> np.uint64(40)) & (groups - 1)
+
+
+@compiled
+def find_rank(pairs, shifts, left, right):
+    "The rank of the merge that joins two ids, or NO_RANK."
+    key = np.uint64(left) << np.uint64(20) | np.uint64(right)
+    hashed = key * np.uint64(0x9E3779B97F4A7C15)
+    row = pairs[pair_row(hashed, shifts[pair_group(hashed, len(shifts))], len(pairs))]
+    return np.int64(row & np.uint64(0xFFFFFF)) if row >> np.uint64(24) == key else NO_RANK
+
+# %% ../nbs/05_tokenizer.ipynb #c7480661
+@compiled
+def place_group(pairs, keys, ranks, group, shift):
+    "Put the keys number `group` where the shift wants them; False, and none is put, where a row is taken."
+    for n in range(len(group)):
+        row = pair_row(keys[group[n]] * np.uint64(0x9E3779B97F4A7C15), shift, len(pairs))
+        if pairs[row] != np.uint64(0xFFFFFFFFFFFFFFFF):
+            for k in range(n):
+                pairs[pair_row(keys[group[k]] * np.uint64(0x9E3779B97F4A7C15), shift, len(pairs))] = ~np.uint64(0)
+            return False
+        pairs[row] = keys[group[n]] << np.uint64(24) | np.uint64(ranks[group[n]])
+    return True
+
+
+@compiled
+def place_pairs(pairs, shifts, keys, ranks, order, ends):
+    "Fill the empty table; `order[ends[g - 1]:ends[g]]` are the keys of group g. False if some group finds no place."
+    largest = 0
+    for g in range(len(shifts)): largest = max(largest, ends[g] - (ends[g - 1] if g else 0))
+    for size in range(largest, 0, -1):
+        for g in range(len(shifts)):
+            group = order[(ends[g - 1] if g else 0):ends[g]]
+            if len(group) != size: continue
+            shift = 0
+            while shift < 65536 and not place_group(pairs, keys, ranks, group, shift): shift += 1
+            if shift == 65536: return False
+            shifts[g] = shift
+    return True
+
+# %% ../nbs/05_tokenizer.ipynb #e3cae299
+def pair_table(ranks: Mapping[tuple[int, int], int]) -> tuple[np.ndarray, np.ndarray]:
+    "Pairs of ids with their ranks as the two arrays that `find_rank` wants."
+    keys = np.array([left << 20 | right for left, right in ranks], np.uint64)
+    bits = max(10, (2 * len(keys) - 1).bit_length())
+    with np.errstate(over="ignore"): groups = pair_group_of(keys, 1 << bits - 2)
+    order, ends = np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups, minlength=1 << bits - 2))
+    for more in range(10):  # the first has been enough for every vocabulary so far
+        pairs, shifts = np.full(1 << bits + more, np.uint64(0xFFFFFFFFFFFFFFFF)), np.zeros(1 << bits - 2, np.uint16)
+        if place_pairs(pairs, shifts, keys, np.array(list(ranks.values()), np.int64), order, ends): return pairs, shifts
+    raise AssertionError(f"no place for {len(keys):,} pairs of ids")
+
+
+def pair_group_of(keys: np.ndarray, groups: int) -> np.ndarray:
+    return ((keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)).astype(np.int64) & (groups - 1)
+
+# %% ../nbs/05_tokenizer.ipynb #b701d993
 class MergeTables(NamedTuple):
     "What compiled code knows of a tokenizer."
     byte_ids: np.ndarray  # (256,) the id of each byte
-    first: np.ndarray  # (65536,) the rank of each pair of bytes: the same as in `pairs`, without a search
-    pairs: np.ndarray  # (rows, 2) key and rank
+    first: np.ndarray  # (65536,) the rank of each pair of bytes, or NO_RANK
+    pairs: np.ndarray  # ids and rank of each merge
+    shifts: np.ndarray
     products: np.ndarray  # (merges,) the id that each merge makes
     special_ids: np.ndarray  # in the order of chapter 3's scan tables
 
 
 def merge_tables(tokenizer: ByteLevelBPE) -> MergeTables:
     "The tables of a tokenizer that has all 256 bytes."
-    ids, byte_ids = tokenizer._ids, np.array([tokenizer._ids[bytes([byte])] for byte in range(256)], np.int64)
-    left_right = np.array([(ids[a], ids[b]) for a, b in tokenizer.merges], np.uint64).reshape(-1, 2)
-    products = np.array([ids[a + b] for a, b in tokenizer.merges], np.int64)
+    ids, byte_ids = tokenizer._ids, [tokenizer._ids[bytes([byte])] for byte in range(256)]
+    ranks: dict[tuple[int, int], int] = {}
+    for rank, (left, right) in enumerate(tokenizer.merges): ranks.setdefault((ids[left], ids[right]), rank)
+    first = np.array([ranks.get((a, b), NO_RANK) for a in byte_ids for b in byte_ids], np.int32)
+    products = np.array([ids[left + right] for left, right in tokenizer.merges], np.int32)
     specials = sorted((token.encode() for token in tokenizer.special_tokens), key=len, reverse=True)
-    pairs = np.full((1 << max(4, (2 * len(products)).bit_length()), 2), np.uint64(NO_RANK))
-    pairs[:, 0] = 0xFFFFFFFFFFFFFFFF
-    first, special_ids = np.zeros(1 << 16, np.int32), np.array([ids[token] for token in specials], np.int64)
-    fill_ranks(pairs, left_right[:, 0] << np.uint64(32) | left_right[:, 1], byte_ids, first)
-    return MergeTables(byte_ids, first, pairs, products, special_ids)
+    special_ids = np.array([ids[token] for token in specials], np.int32)
+    return MergeTables(np.array(byte_ids, np.int32), first, *pair_table(ranks), products, special_ids)
 
-# %% ../nbs/05_tokenizer.ipynb #ccb04779
-SHORT_WORD = 48  # bytes: places need 6 bits, and longer words are rare
+# %% ../nbs/05_tokenizer.ipynb #1446a457
+SHORT_WORD = 60  # bytes: a place for each, and one at each end, in 64 bits
+NO_OFFER = NO_RANK << 6
 
 
 @compiled
-def offer(pairs, parts, offers, at, other):
-    "Note what joining the parts at places `at` and `other` would be."
-    rank = find_rank(pairs, parts[at], parts[other])
-    offers[at] = NO_RANK if rank == NO_RANK else rank << 6 | at
+def start_word(text, begin, width, tables, state):
+    "Lay a word out as single bytes: offers in state[place, 0], ids in state[place, 1]."
+    for k in range(15):  # of fixed length, as most words are shorter: no guess
+        a, b = np.int64(text[begin + k]), np.int64(text[begin + k + 1])
+        state[k + 1, 0] = np.int64(tables.first[a << 8 | b]) << 6 | k + 1 if k + 1 < width else NO_OFFER
+        state[k + 1, 1] = tables.byte_ids[a]
+    for k in range(15, width):
+        a, b = np.int64(text[begin + k]), np.int64(text[begin + k + 1])
+        state[k + 1, 0] = np.int64(tables.first[a << 8 | b]) << 6 | k + 1 if k + 1 < width else NO_OFFER
+        state[k + 1, 1] = tables.byte_ids[a]
+    state[0, 1] = state[width + 1, 1] = NO_ID
 
 
 @compiled
-def start_word(text, begin, width, tables, parts, left, right, offers):
-    "A word as single bytes, each with its offer; the number of offers, a multiple of 16."
-    room = (width + 15) & ~15
-    for k in range(room): offers[k] = NO_RANK
-    for k in range(width): parts[k], left[k], right[k] = tables.byte_ids[text[begin + k]], k - 1, k + 1
-    for k in range(width - 1):
-        rank = tables.first[np.int64(text[begin + k]) << 8 | np.int64(text[begin + k + 1])]
-        if rank != NO_RANK: offers[k] = rank << 6 | k
-    return room
+def least_offer(state, width):
+    "The least of the offers."
+    a = min(min(state[1, 0], state[2, 0]), min(state[3, 0], state[4, 0]))
+    b = min(min(state[5, 0], state[6, 0]), min(state[7, 0], state[8, 0]))
+    c = min(min(state[9, 0], state[10, 0]), min(state[11, 0], state[12, 0]))
+    best = min(min(min(a, b), min(c, state[13, 0])), min(state[14, 0], state[15, 0]))
+    for k in range(16, width + 1): best = min(best, state[k, 0])
+    return best
 
-# %% ../nbs/05_tokenizer.ipynb #c7480661
+# %% ../nbs/05_tokenizer.ipynb #59798953
 @compiled
-def gather(parts, right, width):
-    "Move the parts that are left together; their number."
-    count, at = 0, 0
-    while at < width:
-        parts[count], at = parts[at], right[at]
-        count += 1
-    return count
-
-
-@compiled
-def merge_short(text, begin, width, tables, parts, left, right, offers):
-    "Leave the ids of a word of at most SHORT_WORD bytes in `parts`; their number."
-    room = start_word(text, begin, width, tables, parts, left, right, offers)
+def merge_short(text, begin, width, tables, state):
+    "Merge a word of 1 to SHORT_WORD bytes; the mask of the places where parts begin, whose ids are in state[place, 1]."
+    start_word(text, begin, width, tables, state)
+    one = np.uint64(1)
+    alive = (one << np.uint64(width + 2)) - one
     while True:
-        best = offers[0]
-        for k in range(room): best = min(best, offers[k])
-        if best == NO_RANK: return gather(parts, right, width)
-        at = np.int64(best & 63)
-        gone, before = right[at], left[at]
-        parts[at], right[at], offers[at], offers[gone] = tables.products[best >> 6], right[gone], NO_RANK, NO_RANK
-        if right[at] < width:
-            left[right[at]] = at
-            offer(tables.pairs, parts, offers, at, right[at])
-        if before >= 0: offer(tables.pairs, parts, offers, before, at)
+        best = least_offer(state, width)
+        if best >= NO_OFFER: return alive & (one << np.uint64(width + 1)) - np.uint64(2)
+        at, made = best & 63, tables.products[best >> 6]
+        above, below = alive & ~one << np.uint64(at), alive & (one << np.uint64(at)) - one
+        gone, before = pretokenization.lowest_bit(above), highest_bit(below)
+        above &= above - one
+        alive &= ~(one << np.uint64(gone))
+        after = pretokenization.lowest_bit(above)
+        state[at, 1], state[gone, 0] = made, NO_OFFER
+        state[at, 0] = find_rank(tables.pairs, tables.shifts, made, state[after, 1]) << 6 | at
+        state[before, 0] = find_rank(tables.pairs, tables.shifts, state[before, 1], made) << 6 | before
 
 # %% ../nbs/05_tokenizer.ipynb #74baec7e
 @compiled
@@ -618,10 +771,20 @@ def heap_pop(heap, size):
 
 # %% ../nbs/05_tokenizer.ipynb #3f661ebe
 @compiled
+def gather(parts, right, width):
+    "Move the parts that are left together; their number."
+    count, at = 0, 0
+    while at < width:
+        parts[count], at = parts[at], right[at]
+        count += 1
+    return count
+
+
+@compiled
 def push_pair(tables, parts, right, width, heap, size, at):
     "Push the pair at place `at` if a merge joins it; the new size of the heap."
     if right[at] >= width: return size
-    rank = find_rank(tables.pairs, parts[at], parts[right[at]])
+    rank = find_rank(tables.pairs, tables.shifts, parts[at], parts[right[at]])
     if rank == NO_RANK: return size
     heap_push(heap, size, rank << 32 | at)
     return size + 1
@@ -637,7 +800,8 @@ def merge_long(text, begin, width, tables):
         size -= 1
         entry = heap_pop(heap, size)
         rank, at = entry >> 32, entry & 0xFFFFFFFF
-        if not 0 < right[at] < width or find_rank(tables.pairs, parts[at], parts[right[at]]) != rank: continue
+        if not 0 < right[at] < width: continue
+        if find_rank(tables.pairs, tables.shifts, parts[at], parts[right[at]]) != rank: continue
         gone, after = right[at], right[right[at]]
         parts[at], right[at], right[gone], left[after] = tables.products[rank], after, 0, at
         size = push_pair(tables, parts, right, width, heap, size, at)
@@ -645,172 +809,193 @@ def merge_long(text, begin, width, tables):
     return parts, gather(parts, right, width)
 
 # %% ../nbs/05_tokenizer.ipynb #785eaecc
-SHORT_ROWS, WIDE_ROWS = 1 << 18, 1 << 14  # 8 MB and 2 MB
+CACHE_ROWS = 1 << 19  # 16 MB a thread
+KEY_MASKS = np.zeros((17, 3), np.uint64)  # for each width: the bits of the low, of the high key number; the width
+for _width in range(16):
+    KEY_MASKS[_width] = (1 << 8 * min(_width, 8)) - 1, (1 << 8 * max(_width - 8, 0)) - 1, _width << 56
+KEY_MASKS[16, 2] = 0xFFFFFFFFFFFFFFFF  # of longer words: no row has such a key
 
 
-class WordCache(NamedTuple):
-    "One thread's memory of words, and its scratch space for merges."
-    short: np.ndarray  # (rows, 4) key, key and count, ids, ids
-    wide: np.ndarray  # (rows, 16)
-    parts: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
-    offers: np.ndarray
+@compiled
+def keep_word(cache, row, low, high, count, first_ids, more_ids):
+    "Put a word of `count` ids into its row, and what stood there into the other one."
+    other = row ^ 1
+    for k in range(4): cache[other, k] = cache[row, k]
+    cache[row, 0], cache[row, 1] = low, high | np.uint64(count) << np.uint64(60)
+    cache[row, 2], cache[row, 3] = first_ids, more_ids
 
 
-def word_cache() -> WordCache:
-    "An empty cache."
-    scratch = [np.zeros(SHORT_WORD + 16, dtype) for dtype in (np.int64, np.int64, np.int64, np.int32)]
-    return WordCache(np.zeros((SHORT_ROWS, 4), np.uint64), np.zeros((WIDE_ROWS, 16), np.uint64), *scratch)
+@compiled
+def same_word(cache, row, low, high):
+    "Whether the row holds this word. The count of ids, above bit 60, is not compared."
+    return cache[row, 0] ^ low | (cache[row, 1] ^ high) << np.uint64(4) == np.uint64(0)
+
+
+@compiled
+def put_row(cache, row, out, n):
+    "Write the ids of a row to `out`, four at once, of which `count` count; `count`."
+    put_four(out, n, cache[row, 2], cache[row, 3])
+    return np.int64(cache[row, 1] >> np.uint64(60))
 
 # %% ../nbs/05_tokenizer.ipynb #3ea54668
-@compiled
-def short_row(short, low, high):
-    "The row of a short word, or ~(the row where it belongs)."
-    mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)
-    row = np.int64((mixed ^ mixed >> np.uint64(32)) & np.uint64(len(short) - 1))
-    if short[row, 0] == low and (short[row, 1] ^ high) << np.uint64(4) == np.uint64(0): return row
-    other = row ^ 1
-    if short[other, 0] == low and (short[other, 1] ^ high) << np.uint64(4) == np.uint64(0): return other
-    return ~row
+BATCH = 64
 
 
 @compiled
-def keep_short(short, row, low, high, parts, count):
-    "Put a short word of 1 to 4 ids into its row, and what stood there into the next."
-    for k in range(count, 4): parts[k] = 0
-    for k in range(4): short[row ^ 1, k] = short[row, k]
-    short[row, 0], short[row, 1] = low, high | np.uint64(count) << np.uint64(60)
-    for k in range(2): short[row, 2 + k] = np.uint64(parts[2 * k]) | np.uint64(parts[2 * k + 1]) << np.uint64(32)
+def ask_for_rows(words, starts, first, count, masks, cache, batch):
+    "Key and row of the pieces first..first + count - 1 to `batch`; have the rows fetched. Special tokens have no key."
+    for k in range(count):
+        begin, end = np.int64(starts[first + k]), np.int64(starts[first + k + 1])
+        special = begin >> 63  # -1 for a special token, whose start is ~begin
+        begin, end = begin ^ special, end ^ end >> 63
+        width = min(end - begin, 16)
+        low = pretokenization.eight_bytes(words, begin) & masks[width, 0]
+        high = pretokenization.eight_bytes(words, begin + 8) & masks[width, 1] | masks[width, 2] | np.uint64(special)
+        mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)
+        row = (mixed ^ mixed >> np.uint64(32)) & np.uint64(len(cache) - 1)
+        pretokenization.prefetch(cache, np.int64(row))
+        batch[k, 0], batch[k, 1], batch[k, 2] = low, high, row
 
 # %% ../nbs/05_tokenizer.ipynb #a1f33cf5
 @compiled
-def word_part(words, begin, width, k):
-    "The bytes k to k + 7 of a word as one number, zeros behind its end."
-    part = pretokenization.eight_bytes(words, begin + k)
-    return part if width - k >= 8 else part & np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - 8 * (width - k))
-
-
-@compiled
-def wide_row(wide, words, begin, width):
-    "The row of a word of at most SHORT_WORD bytes, or ~(the row where it belongs)."
-    mixed = np.uint64(width)
-    for k in range(0, width, 8):
-        mixed = (mixed ^ word_part(words, begin, width, k)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= mixed >> np.uint64(32)
-    row = np.int64(mixed & np.uint64(len(wide) - 1))
-    if np.int64(wide[row, 0] & np.uint64(0xFFFFFFFF)) != width: return ~row
-    for k in range(0, width, 8):
-        if wide[row, 1 + (k >> 3)] != word_part(words, begin, width, k): return ~row
-    return row
-
-# %% ../nbs/05_tokenizer.ipynb #9bd72499
-@compiled
-def keep_wide(wide, row, words, begin, width, parts, count):
-    "Put a word of at most 18 ids into its row."
-    wide[row, 0], parts[count] = np.uint64(width) | np.uint64(count) << np.uint64(32), 0
-    for k in range(0, width, 8): wide[row, 1 + (k >> 3)] = word_part(words, begin, width, k)
-    for k in range(0, count, 2):
-        wide[row, 7 + (k >> 1)] = np.uint64(parts[k]) | np.uint64(parts[k + 1]) << np.uint64(32)
-
-
-@compiled
-def put_wide(wide, row, out, n):
-    "Write the ids of a row to `out` from `n` on; their number."
-    count = np.int64(wide[row, 0] >> np.uint64(32))
-    for k in range(count):
-        out[n + k] = np.uint32(wide[row, 7 + (k >> 1)] >> np.uint64(32 * (k & 1)) & np.uint64(0xFFFFFFFF))
-    return count
-
-# %% ../nbs/05_tokenizer.ipynb #164c7fcc
-@compiled
-def merge_and_keep(text, words, begin, width, tables, cache, row, wide_place, low, high, out, n):
-    "Merge a word of at most SHORT_WORD bytes, keep it in one of the tables, write its ids; their number."
-    parts = cache.parts
-    count = merge_short(text, begin, width, tables, parts, cache.left, cache.right, cache.offers)
-    for k in range(count): out[n + k] = np.uint32(parts[k])
-    if width < 16 and count <= 4: keep_short(cache.short, row, low, high, parts, count)
-    elif count <= 18: keep_wide(cache.wide, wide_place, words, begin, width, parts, count)
-    return count
-
-
-@compiled
-def encode_rare(text, words, begin, width, tables, cache, row, low, high, out, n):
-    "Write the ids of a word that the short table lacks; their number."
-    if width > SHORT_WORD:
-        parts, count = merge_long(text, begin, width, tables)
-        for k in range(count): out[n + k] = np.uint32(parts[k])
-        return count
-    place = wide_row(cache.wide, words, begin, width)
-    if place >= 0: return put_wide(cache.wide, place, out, n)
-    return merge_and_keep(text, words, begin, width, tables, cache, row, ~place, low, high, out, n)
-
-# %% ../nbs/05_tokenizer.ipynb #0075ad1a
-@compiled
-def find_special(text, begin, width, scan, tables):
+def find_special(text, begin, width, scan, special_ids):
     "The id of the special token at byte `begin`, by comparing it with all of its width."
     start = 0
     for k in range(len(scan[4])):
         end, same_width = scan[4][k], scan[4][k] - start == width
-        if same_width and pretokenization.same_bytes(text, begin, scan[3], start, width): return tables.special_ids[k]
+        if same_width and pretokenization.same_bytes(text, begin, scan[3], start, width): return special_ids[k]
         start = end
     return -1
 
 
 @compiled
-def put_short(short, row, out, n):
-    "Write the four ids of a row, of which `count` count; `count`."
-    a, b, low_half = short[row, 2], short[row, 3], np.uint64(0xFFFFFFFF)
-    out[n], out[n + 1] = np.uint32(a & low_half), np.uint32(a >> np.uint64(32))
-    out[n + 2], out[n + 3] = np.uint32(b & low_half), np.uint32(b >> np.uint64(32))
-    return np.int64(short[row, 1] >> np.uint64(60))
+def merge_and_keep(text, begin, width, tables, state, cache, row, low, high, out, n):
+    "Merge a word of at most SHORT_WORD bytes, keep it if it is short, write its ids; their number."
+    alive, count, bits = merge_short(text, begin, width, tables, state), 0, 8 * out.itemsize
+    packed, more = np.uint64(0), np.uint64(0)
+    while alive:
+        id = np.uint64(state[pretokenization.lowest_bit(alive), 1])
+        alive &= alive - np.uint64(1)
+        out[n + count] = id
+        if bits * count < 64: packed |= id << np.uint64(bits * count)
+        elif count < 4: more |= id << np.uint64(bits * count - 64)
+        count += 1
+    if width < 16 and count <= 4: keep_word(cache, row, low, high, count, packed, more)
+    return count
+
+# %% ../nbs/05_tokenizer.ipynb #9bd72499
+@compiled
+def encode_rare(text, begin, end, scan, tables, state, cache, row, low, high, out, n):
+    "Write the ids of a piece that its row does not hold; their number."
+    if end < 0: end = ~end
+    if begin < 0:
+        out[n] = find_special(text, ~begin, end - ~begin, scan, tables.special_ids)
+        return 1
+    width = end - begin
+    if width < 16 and same_word(cache, row ^ 1, low, high):
+        ids, more, count = cache[row ^ 1, 2], cache[row ^ 1, 3], cache[row ^ 1, 1] >> np.uint64(60)
+        keep_word(cache, row, low, high, count, ids, more)
+        return put_row(cache, row, out, n)
+    if width <= SHORT_WORD: return merge_and_keep(text, begin, width, tables, state, cache, row, low, high, out, n)
+    parts, count = merge_long(text, begin, width, tables)
+    for k in range(count): out[n + k] = parts[k]
+    return count
+
+# %% ../nbs/05_tokenizer.ipynb #164c7fcc
+@compiled
+def encode_pieces(text, words, starts, pieces, scan, tables, masks, state, batch, cache, out):
+    """Write the ids of the pieces that `find_starts` found in `text` (and `words`: the same bytes); their number.
+
+    `scan` are chapter 3's tables of the special tokens. `out` has room for 8 ids more than the text has bytes."""
+    n = first = 0
+    while first < pieces:
+        count = min(BATCH, pieces - first)
+        ask_for_rows(words, starts, first, count, masks, cache, batch)
+        for k in range(count):
+            low, high, row = batch[k, 0], batch[k, 1], np.int64(batch[k, 2])
+            if same_word(cache, row, low, high): n += put_row(cache, row, out, n)
+            else: n += encode_rare(text, np.int64(starts[first + k]), np.int64(starts[first + k + 1]), scan, tables,
+                                   state, cache, row, low, high, out, n)
+        first += count
+    return n
+
+# %% ../nbs/05_tokenizer.ipynb #0075ad1a
+def lay_out(parts: Sequence[np.ndarray | tuple[int, type]]) -> np.ndarray:
+    """The parts one behind the other in one array of 64-bit numbers, which begins with place and length of each.
+
+    A part (length, type) is zeros. Every part begins where a piece of 64 bytes of memory begins."""
+    lengths = [part[0] if isinstance(part, tuple) else part.size for part in parts]
+    dtypes = [np.dtype(part[1]) if isinstance(part, tuple) else part.dtype for part in parts]
+    sizes = [-(-length * dtype.itemsize // 64) * 8 for length, dtype in zip(lengths, dtypes)]
+    room, start = np.zeros(2 * len(parts) + 16 + sum(sizes), np.uint64), 2 * len(parts)
+    start += -(room.ctypes.data // 8 + start) % 8
+    for k, (part, length, size) in enumerate(zip(parts, lengths, sizes)):
+        room[2 * k], room[2 * k + 1] = start, length
+        if not isinstance(part, tuple): room[start:start + size].view(part.dtype)[:length] = part.ravel()
+        start += size
+    return room
+
+
+@compiled
+def part_of(room, k, dtype):
+    "Part number k of what `lay_out` made, flat."
+    return room[np.int64(room[2 * k]):].view(dtype)[:np.int64(room[2 * k + 1])]
 
 # %% ../nbs/05_tokenizer.ipynb #830ded69
 @compiled
-def encode_pieces(text, words, starts, pieces, scan, tables, cache, out):
-    """Write the ids of the pieces that `find_pieces` found in `text` (and `words`: the same bytes); their number.
+def encode_laid_out(shared, own, size, out):
+    "Write the ids of the text in `own` to `out`, a part of it; their number, or ~(place) where it is not UTF-8."
+    scan = (part_of(shared, 0, np.uint8), part_of(shared, 1, np.uint8), part_of(shared, 2, np.uint8),
+            part_of(shared, 3, np.uint8), part_of(shared, 4, np.int64), part_of(shared, 5, np.uint8))
+    tables = MergeTables(part_of(shared, 6, np.int32), part_of(shared, 7, np.int32), part_of(shared, 8, np.uint64),
+                         part_of(shared, 9, np.uint16), part_of(shared, 10, np.int32), part_of(shared, 11, np.int32))
+    words, starts = part_of(own, 0, np.uint64), part_of(own, 1, np.int32)
+    text = words.view(np.uint8)
+    pieces = pretokenization.find_starts(text, size, scan, starts)
+    if pieces < 0: return pieces
+    masks, state = part_of(shared, 12, np.uint64).reshape(17, 3), part_of(own, 2, np.int64).reshape(64, 2)
+    batch, cache = part_of(own, 3, np.uint64).reshape(BATCH, 3), part_of(own, 4, np.uint64).reshape(-1, 4)
+    return encode_pieces(text, words, starts, pieces, scan, tables, masks, state, batch, cache, out)
 
-    `scan` are chapter 3's tables of the special tokens. `out` has room for 4 ids more than the text has bytes."""
-    n, row, low, high, short = 0, 0, np.uint64(0), np.uint64(0), cache.short
-    for piece in range(pieces):
-        begin, end = starts[piece], starts[piece + 1]
-        if end < 0: end = ~end
-        if begin < 0:
-            out[n] = np.uint32(find_special(text, ~begin, end - ~begin, scan, tables))
-            n += 1
-            continue
-        if end - begin < 16:
-            low, high = pretokenization.word_key(words, begin, end - begin)
-            row = short_row(short, low, high)
-            if row >= 0:
-                n += put_short(short, row, out, n)
-                continue
-        n += encode_rare(text, words, begin, end - begin, tables, cache, ~row, low, high, out, n)
-    return n
+
+@compiled
+def encode_16(shared, own, size):
+    "`encode_laid_out` to ids of 16 bits."
+    return encode_laid_out(shared, own, size, part_of(own, 5, np.uint16))
+
+
+@compiled
+def encode_32(shared, own, size):
+    "`encode_laid_out` to ids of 32 bits."
+    return encode_laid_out(shared, own, size, part_of(own, 5, np.uint32))
 
 # %% ../nbs/05_tokenizer.ipynb #b9351944
-BLOCK_BYTES = 1 << 19  # about what stays in a processor's own cache
+BLOCK_BYTES = 1 << 18  # what stays in a processor core's own cache, with starts and ids
 
 
 class Bench:
     "One thread's buffers and word cache."
 
-    def __init__(self, scan: tuple[np.ndarray, ...], tables: MergeTables):
-        self.scan, self.tables, self.cache = scan, tables, word_cache()
+    def __init__(self, scan: tuple[np.ndarray, ...], shared: np.ndarray, dtype: np.dtype):
+        self.scan, self.shared, self.dtype = scan, shared, dtype
+        self.encode = encode_16 if dtype.itemsize == 2 else encode_32
         self.make_room(BLOCK_BYTES)
 
     def make_room(self, size: int) -> None:
-        "Room for a text of `size` bytes; what was there is lost."
-        self.words, self.size = np.zeros(size // 8 + 8, np.uint64), size
-        self.text = self.words.view(np.uint8)
-        self.starts, self.out = np.empty(size + 3, np.int64), np.empty(size + 8, np.uint32)
+        "Room for a text of `size` bytes; what was there, and the word cache, is lost."
+        self.size, self.room = size, None  # the old buffers go before the new ones come
+        self.room = lay_out([(size // 8 + 9, np.uint64), (size + 66, np.int32), np.full((64, 2), NO_OFFER, np.int64),
+                             (3 * BATCH, np.uint64), (4 * CACHE_ROWS, np.uint64), (size + 8, self.dtype)])
+        view = getattr(part_of, "py_func", part_of)  # also where it is compiled, Python makes its own views
+        self.text, self.starts = view(self.room, 0, np.uint64).view(np.uint8), view(self.room, 1, np.int32)
+        self.out = view(self.room, 5, self.dtype)
+        self.bytes, self.short_ids = memoryview(self.text), memoryview(self.out)
 
     def ids(self, size: int) -> np.ndarray:
-        "The ids of text[:size], uint32, valid until the next call. `UnicodeDecodeError` where it is not UTF-8."
-        pieces = pretokenization.find_pieces(self.text, size, self.scan, self.starts)
-        if pieces < 0: raise_not_utf8(self.text[:size].tobytes())
-        text, words, starts, out = self.text, self.words, self.starts, self.out
-        return out[:encode_pieces(text, words, starts, pieces, self.scan, self.tables, self.cache, out)]
+        "The ids of text[:size], valid until the next call. `UnicodeDecodeError` where it is not UTF-8."
+        count = self.encode(self.shared, self.room, size)
+        if count < 0: raise_not_utf8(self.text[:size].tobytes())
+        return self.out[:count]
 
 # %% ../nbs/05_tokenizer.ipynb #323a8082
 def raise_not_utf8(data: bytes) -> NoReturn:
@@ -837,111 +1022,138 @@ class FastEncoder:
 
     def __init__(self, tokenizer: ByteLevelBPE):
         self.scan, self.tables = pretokenization.scan_tables(tuple(tokenizer.special_tokens)), merge_tables(tokenizer)
+        self.shared = lay_out([*self.scan, *self.tables, KEY_MASKS])
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self.free: list[Bench] = []
 
-    @contextmanager
-    def bench(self) -> Iterator[Bench]:
-        "Lend a bench."
-        try: bench = self.free.pop()  # one step, so that two threads never get the same
-        except IndexError: bench = Bench(self.scan, self.tables)
-        yield bench  # after an error it is not put back
-        if bench.size == BLOCK_BYTES: self.free.append(bench)  # one that had to grow is given up
+    def take(self) -> Bench:
+        "A bench that nobody else has; give it back by `put`, unless there was an error."
+        try: return self.free.pop()  # one step, so that two threads never get the same
+        except IndexError: return Bench(self.scan, self.shared, self.dtype)
 
-    def arrays(self, text: str) -> Iterator[np.ndarray]:
-        "The ids of a text as uint32 arrays, each valid until the next."
-        with self.bench() as bench: yield from block_ids(bench, encode_utf8(text))
+    def put(self, bench: Bench) -> None:
+        "Take a bench back; one that had to grow is given up."
+        if bench.size == BLOCK_BYTES: self.free.append(bench)
+
+    def arrays(self, text: str | bytes) -> Iterator[np.ndarray]:
+        "The ids of a text (bytes: UTF-8) as arrays, each valid until the next."
+        bench = self.take()
+        yield from block_ids(bench, text if isinstance(text, bytes) else encode_utf8(text))
+        self.put(bench)
+
+    def whole(self, text: str | bytes) -> np.ndarray:
+        "The ids of a text as one array."
+        return np.concatenate([np.empty(0, self.dtype), *(array.copy() for array in self.arrays(text))])
 
     def encode(self, text: str) -> list[int]:
         "The ids of a text."
-        ids: list[int] = []
-        for array in self.arrays(text): ids += array.tolist()
+        data = encode_utf8(text)
+        size = len(data)
+        if size > BLOCK_BYTES: return [id for array in self.arrays(data) for id in array.tolist()]
+        bench = self.take()
+        bench.bytes[:size] = data
+        count = bench.encode(self.shared, bench.room, size)
+        ids = bench.short_ids[:count].tolist() if count < 32 else bench.out[:count].tolist()
+        self.put(bench)
         return ids
 
 # %% ../nbs/05_tokenizer.ipynb #66076afb
+@contextmanager
+def telling() -> Iterator[None]:
+    "Say why it takes so long, if it does."
+    said = threading.Timer(2, print, ["compiling the fast encoder (once; later runs find it on disk) ..."],
+                           {"file": sys.stderr, "flush": True})
+    said.daemon = True
+    said.start()
+    try: yield
+    finally: said.cancel()
+
+
 def load_encoder() -> bool:
     "Load the compiled code, saying so if it takes long; False if there is no numba."
     if not _loaded:
-        said = threading.Timer(2, print, ["compiling the fast encoder (once; later runs find it on disk) ..."],
-                               {"file": sys.stderr, "flush": True})
-        said.daemon = True
-        said.start()
-        try: _loaded.append(pretokenization.load_compiled() and warm_up())
-        finally: said.cancel()
+        with telling(): _loaded.append(pretokenization.load_compiled() and warm_up())
     return _loaded[0]
 
-
-def warm_up() -> bool:
-    "Have everything compiled, by encoding a text with all kinds of words; True."
-    bytes_only = ByteLevelBPE({byte: bytes([byte]) for byte in range(256)}, [])
-    encoder, text = FastEncoder(bytes_only), "a aaaaaaaaaaaaaaaa " + "a" * 50
-    with encoder.bench() as bench:
-        pretokenization.last_safe_cut(bench.text, 8, bench.scan)
-        return [id for array in block_ids(bench, text.encode()) for id in array.tolist()] == list(text.encode())
-
 # %% ../nbs/05_tokenizer.ipynb #409b60f4
+def warm_up() -> bool:
+    "Have everything for ids of 16 bits compiled, by encoding and decoding a text with all kinds of words; True."
+    bytes_only = ByteLevelBPE({byte: bytes([byte]) for byte in range(256)}, [])
+    text = "a aaaaaaaaaaaaaaaa " + "a" * 99
+    encoder = FastEncoder(bytes_only)
+    pretokenization.last_safe_cut(np.zeros(72, np.uint8), 8, encoder.scan)
+    ids, table = np.concatenate(list(encoder.arrays(text))), token_table(bytes_only.vocab)
+    return decode_array(table, ids).getvalue() == text.encode()
+
+
 def make_fast(tokenizer: ByteLevelBPE) -> FastEncoder | None:
     "The compiled encoder, or None where the clear one must serve."
-    fits = len(tokenizer.merges) < 1 << 25 and tokenizer.vocab_size <= 1 << 32
+    fits = len(tokenizer.merges) < NO_RANK and tokenizer.vocab_size <= NO_ID
     fits = fits and all(bytes([byte]) in tokenizer._ids for byte in range(256))
-    return FastEncoder(tokenizer) if fits and sys.byteorder == "little" and load_encoder() else None
+    if not (fits and sys.byteorder == "little" and load_encoder()): return None
+    encoder = FastEncoder(tokenizer)
+    with telling(): encoder.encode(" ")  # for ids of 32 bits this compiles
+    return encoder
 
 # %% ../nbs/05_tokenizer.ipynb #45070739
-class TokenBytes(NamedTuple):
-    "The bytes of all tokens in the order of their ids, and where each ends."
-    text: np.ndarray
-    ends: np.ndarray
+class TokenTable(NamedTuple):
+    "The bytes of all tokens, by their ids."
+    heads: np.ndarray  # (16 x ids,) the first 16 bytes of each
+    widths: np.ndarray  # (ids,) 0 for ids that are left out
+    begins: np.ndarray  # (ids,) where a token of more than 16 bytes begins in `rest`
+    rest: np.ndarray
 
 
-def token_bytes(vocab: Mapping[int, bytes]) -> TokenBytes:
-    "The table of a vocabulary; ids that are left out have no bytes."
+def token_table(vocab: Mapping[int, bytes]) -> TokenTable:
+    "The table of a vocabulary."
     tokens = [vocab.get(id, b"") for id in range(max(vocab, default=-1) + 1)]
-    return TokenBytes(np.frombuffer(b"".join(tokens), np.uint8), np.cumsum([0, *map(len, tokens)], dtype=np.int64))
-
-
-@compiled
-def decoded_size(ids, ends):
-    "The bytes of the tokens together, or ~(the place of the first id that has none)."
-    size = 0
-    for place in range(len(ids)):
-        id = np.int64(ids[place])
-        if not 0 <= id < len(ends) - 1 or ends[id] == ends[id + 1]: return ~place
-        size += ends[id + 1] - ends[id]
-    return size
+    long = [token if len(token) > 16 else b"" for token in tokens]
+    heads = np.frombuffer(b"".join([token[:16].ljust(16, b"\0") for token in tokens]), np.uint8)
+    begins = np.cumsum([0, *map(len, long)], dtype=np.int64)[:-1]
+    return TokenTable(heads, np.array(list(map(len, tokens)), np.int32), begins, np.frombuffer(b"".join(long), np.uint8))
 
 # %% ../nbs/05_tokenizer.ipynb #ec30d81f
 @compiled
-def gather_bytes(ids, text, ends, out):
-    "Write the bytes of all tokens to `out`."
-    n = 0
-    for id in ids:
-        for k in range(ends[np.int64(id)], ends[np.int64(id) + 1]):
-            out[n] = text[k]
-            n += 1
-
-
-def decode_fast(table: TokenBytes, ids: np.ndarray) -> bytes | None:
-    "The bytes of an array of ids; None if one of them has no token."
-    size = decoded_size(ids, table.ends)
-    if size < 0: return None
-    out = np.empty(size, np.uint8)
-    gather_bytes(ids, table.text, table.ends, out)
-    return out.tobytes()
+def decode_some(ids, place, heads, widths, begins, rest, out, room):
+    "Write tokens from ids[place] on until `out` has less than `room` bytes left: the next place (~: it is bad), the bytes."
+    n, last, known = 0, len(out) - room, np.uint64(len(widths))
+    while place < len(ids) and n <= last:
+        id = np.uint64(ids[place])
+        if id >= known: return ~place, n
+        width = np.int64(widths[id])
+        copy_16(heads, np.int64(id) << 4, out, n)
+        if width > 16:
+            begin = begins[id]
+            for k in range(16, width): out[n + k] = rest[begin + k]
+        elif width == 0: return ~place, n
+        n += width
+        place += 1
+    return place, n
 
 # %% ../nbs/05_tokenizer.ipynb #b5bfe8da
-DECODE_BLOCK = 1 << 16  # ids
+DECODE_BLOCK, DECODE_IDS = 1 << 17, 1 << 15  # bytes of text, and ids, that are at hand together
 
 
-def decode_blocks(table: TokenBytes, ids: Sequence[int]) -> bytes | None:
-    "The bytes of a list, array or tensor of ids, block by block; None if compiled code cannot take them."
-    parts: list[bytes] = []
-    for start in range(0, len(ids), DECODE_BLOCK):
-        try: block = np.array(ids[start:start + DECODE_BLOCK])
-        except (TypeError, ValueError, OverflowError): return None
-        if block.ndim != 1 or block.dtype.kind not in "iu": return None
-        part = decode_fast(table, block.astype(np.int64))
-        if part is None: return None
-        parts.append(part)
-    return b"".join(parts)
+def decode_array(table: TokenTable, ids: np.ndarray) -> io.BytesIO | None:
+    "The bytes of an array of ids (uint16 or uint32); None if one of them has no token."
+    room = 16 + int(table.widths.max(initial=0))
+    out, written = np.empty(DECODE_BLOCK + room, np.uint8), io.BytesIO()
+    for start in range(0, len(ids), DECODE_IDS):
+        block, place = ids[start:start + DECODE_IDS].astype(np.uint32), 0  # a copy: one type, whatever comes
+        while place < len(block):
+            place, size = decode_some(block, place, *table, out, room)
+            if place < 0: return None
+            written.write(out[:size])
+    return written
+
+
+def id_array(ids: Sequence[int]) -> np.ndarray | None:
+    "A list, array or tensor of ids as an array of whole numbers from 0 to 2**32 - 1; None if it cannot be one."
+    try: flat = np.frombuffer(array("I", ids), np.uint32) if isinstance(ids, list) else np.asarray(ids)
+    except (TypeError, ValueError, OverflowError): return None
+    if flat.ndim != 1 or flat.dtype.kind not in "iu": return None
+    if flat.dtype.kind == "u" and flat.dtype.itemsize <= 4: return flat
+    return flat if not flat.size or (flat.min() >= 0 and flat.max() < 1 << 32) else None
 
 # %% ../nbs/05_tokenizer.ipynb #898a8a93
 def in_order(function: Callable, items: Iterable, num_threads: int) -> Iterator:

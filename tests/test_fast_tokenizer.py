@@ -39,10 +39,13 @@ def encoder_of_small_blocks(tokenizer, size):
     "An encoder whose benches hold `size` bytes, so that a text is cut wherever it may be."
     encoder = FastEncoder(tokenizer)
     for _ in range(4):
-        bench = chapter.Bench(encoder.scan, encoder.tables)
+        bench = encoder.take()
         bench.make_room(size)
         encoder.free.append(bench)
     return encoder
+
+
+def in_blocks(encoder, text): return [id for array in encoder.arrays(text) for id in array.tolist()]
 
 
 # ---- equal to the clear version
@@ -56,7 +59,7 @@ def test_encoding(text, tokenizer):
 @settings(deadline=None, max_examples=150)
 @given(texts, st.sampled_from(TOKENIZERS), st.integers(8, 60))
 def test_blocks_cut_anywhere(text, tokenizer, size):
-    assert encoder_of_small_blocks(tokenizer, size).encode(text) == clear(tokenizer, text)
+    assert in_blocks(encoder_of_small_blocks(tokenizer, size), text) == clear(tokenizer, text)
 
 
 @settings(deadline=None, max_examples=100)
@@ -85,7 +88,9 @@ def test_decoding(ids, kind, block):
     given_ids = ids if kind == "list" else iter(ids) if kind == "iter" else np.array(ids, kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chapter, "FAST_CHARS", 0)
+        patch.setattr(chapter, "FAST_IDS", 0)
         patch.setattr(chapter, "DECODE_BLOCK", block)
+        patch.setattr(chapter, "DECODE_IDS", block)
         assert plain.decode_bytes(given_ids) == b"".join(VOCAB[id] for id in ids)
 
 
@@ -106,7 +111,7 @@ def test_an_id_in_a_gap_and_an_empty_token():
     assert empty.decode([65, len(VOCAB), 66] * 40) == "AB" * 40
 
 
-CACHE = chapter.word_cache()
+STATE = np.full((64, 2), chapter.NO_OFFER, np.int64)
 
 
 @settings(deadline=None, max_examples=40)
@@ -116,17 +121,18 @@ def test_merges_in_any_order(order, word):
     merges = [pairs[k] for k in order]
     tokens = dict.fromkeys([*(bytes([byte]) for byte in range(256)), *(t for a, b in merges for t in (a, b, a + b))])
     tokenizer = Tokenizer(dict(enumerate(tokens)), [*merges, merges[0]])  # one twice: the first counts
-    tables, data = chapter.merge_tables(tokenizer), np.frombuffer(word.encode(), np.uint8)
-    count = chapter.merge_short(data, 0, len(data), tables, CACHE.parts, CACHE.left, CACHE.right, CACHE.offers)
-    parts, long_count = chapter.merge_long(data, 0, len(data), tables)
+    tables, data = chapter.merge_tables(tokenizer), np.frombuffer(word.encode() + bytes(64), np.uint8)
+    alive = int(chapter.merge_short(data, 0, len(word), tables, STATE))
+    short = [STATE[place, 1] for place in range(64) if alive >> place & 1]
+    parts, long_count = chapter.merge_long(data, 0, len(word), tables)
     expected = [tokenizer.token_to_id(token) for token in merge_by_rank(word.encode(), tokenizer._ranks)]
-    assert CACHE.parts[:count].tolist() == parts[:long_count].tolist() == expected
+    assert short == parts[:long_count].tolist() == expected
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", "=", "你", " ", "\n", "<|endof", "'l", "the"])
 def test_long_words(unit):
     text = unit * (40_000 // len(unit)) + "x y"
-    assert encoder_of_small_blocks(nested, 1 << 10).encode(text) == clear(nested, text)
+    assert in_blocks(encoder_of_small_blocks(nested, 1 << 10), text) == clear(nested, text)
 
 
 def test_a_word_of_a_megabyte():
@@ -138,8 +144,9 @@ def test_a_word_of_a_megabyte():
 
 def test_many_words_in_a_small_cache():
     encoder = FastEncoder(plain)
-    with encoder.bench() as bench:
-        bench.cache = bench.cache._replace(short=bench.cache.short[:2], wide=bench.cache.wide[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapter, "CACHE_ROWS", 2)
+        encoder.put(encoder.take())
     rng = np.random.default_rng(1)
     words = ["".join(rng.choice(list("abcdeé日"), size=size)) for size in rng.integers(1, 60, size=300)]
     text = " ".join(rng.choice(words, size=5_000))
@@ -197,7 +204,7 @@ def test_uncompiled_it_is_the_same_program():
     "The marked functions as plain Python."
     python(START + """
     import numpy as np, warnings
-    from cs336_lm.tokenizer import FastEncoder, decode_blocks
+    from cs336_lm.tokenizer import FastEncoder, decode_array, id_array
     warnings.simplefilter("ignore")  # numbers that wrap round
     merges = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"a", b"b"), (b"ab", b"ab")]
     vocab = dict(enumerate([*(bytes([id]) for id in range(256)), *(a + b for a, b in merges)]))
@@ -205,7 +212,7 @@ def test_uncompiled_it_is_the_same_program():
     text = "the  the<|end|><<|end|>, 'll they'll " + "ab" * 40 + " é日本語" * 3 + " internationalisation" * 2
     encoder = FastEncoder(tokenizer)
     for _ in range(2): assert encoder.encode(text) == ByteLevelBPE.encode(tokenizer, text)
-    assert decode_blocks(tokenizer._token_bytes, tokenizer.encode(text)).decode() == text
+    assert decode_array(tokenizer._token_table, id_array(tokenizer.encode(text))).getvalue().decode() == text
     assert "numba" not in sys.modules
     """)
 
@@ -262,8 +269,7 @@ def small_blocks(monkeypatch):
     "Files of any size take the fast way, in blocks of 64 bytes."
     monkeypatch.setattr(chapter, "FAST_CHARS", 0)
     monkeypatch.setattr(chapter, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(chapter, "SHORT_ROWS", 64)
-    monkeypatch.setattr(chapter, "WIDE_ROWS", 16)
+    monkeypatch.setattr(chapter, "CACHE_ROWS", 64)
 
 
 def fresh(tokenizer): return Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
@@ -287,7 +293,7 @@ def test_any_file(tmp_path_factory, text, num_threads, block):
     folder = tmp_path_factory.mktemp("any")
     (folder / "a.txt").write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        for name, value in (("FAST_CHARS", 0), ("BLOCK_BYTES", block), ("SHORT_ROWS", 64), ("WIDE_ROWS", 16)):
+        for name, value in (("FAST_CHARS", 0), ("BLOCK_BYTES", block), ("CACHE_ROWS", 64)):
             patch.setattr(chapter, name, value)
         about = encode_file(fresh(nested), folder / "a.txt", folder / "a.npy", num_threads=num_threads)
     assert open_tokens(folder / "a.npy").tolist() == clear(nested, text)
