@@ -14,6 +14,7 @@ that is not installed is left out.
 - train: a file to merges. batch: documents (str) in memory to lists of ids. decode: an array of ids to bytes.
 - encode: a file to a token file on the disk, the word cache empty. gigatoken gives arrays in memory, which are then
   written as .npy; `ids_seconds` is the time until it has them. tiktoken and HF get the file's documents in groups.
+- array: a text (bytes) in memory to an array of ids, one thread.
 - short: `encode` of one string of 11 or of 450 characters, 10,000 distinct ones, one call each.
 - line: train and encode on a text of up to 2.2 GB in which new words keep coming. cold: import and compilation of ours.
 - replay: a peer's merges on our counts. Trainers break ties differently, so their merges are not ours; but each merge
@@ -53,9 +54,10 @@ LINE_SIZES = (100, 200, 500, 1000, 2200)
 WRITE_UP = {"train 10000": (2.2e9, 392), "train 32000": (11.9e9, 26135)}  # bytes and seconds, one thread
 # task, vocabulary (None: any), characters, peers, at least, aim
 TARGETS = [("train", 10000, None, TRAINERS[1:], 2.5, 3.5), ("train", 32000, None, TRAINERS[1:], 2.2, 3.0),
-           ("encode", None, None, ["gigatoken"], 1.0, 1.3), ("encode", None, None, ["tiktoken"], 10, None),
-           ("encode", None, None, ["hf"], 40, None), ("decode", None, None, ENCODERS[1:], 4, None),
-           ("short", None, 11, ["tiktoken"], 1.0, None), ("short", None, 450, ["tiktoken"], 2.0, None)]
+           ("encode", None, None, ["gigatoken"], 1.0, 1.3), ("array", None, None, ["gigatoken"], 1.0, 1.3),
+           ("encode", None, None, ["tiktoken"], 10, None), ("encode", None, None, ["hf"], 40, None),
+           ("decode", None, None, ENCODERS[1:], 4, None), ("short", None, 11, ["tiktoken"], 1.0, None),
+           ("short", None, 450, ["tiktoken"], 2.0, None)]
 
 
 # -- in the process of a row: trainers, functions of (path, vocab_size) that give merges
@@ -246,6 +248,23 @@ def run_batch(row: dict, files: dict) -> dict:
     return found | {"tokens": len(ids), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
 
 
+def run_array(row: dict, files: dict) -> dict:
+    "Ours gives one array of the whole text, gigatoken an array of arrays of its documents' ids."
+    folder, data = Path(files["tokenizer"]), Path(files["text"]).read_bytes()
+    tokenizer = any_tokenizer(row["name"], files)
+    def encode(data):
+        if row["name"] == "ours": return tokenizer.encode_array(data)
+        import gigatoken
+        return tokenizer.encode_batch(gigatoken.BytesSource(data, separator=SPECIAL), parallel=False)
+    encode(b" the" * 10)
+    found, ids = timed(lambda: encode(data))
+    if row["name"] == "gigatoken":
+        import awkward
+        ids = awkward.to_numpy(awkward.flatten(ids))
+    ids = ids[ids != vocabulary(folder)[SPECIAL]].astype(np.uint32)
+    return found | {"tokens": len(ids), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
+
+
 def run_decode(row: dict, files: dict) -> dict:
     "Ids to bytes: an array for ours and gigatoken; a list for tiktoken and HF, which take no other (HF makes a text)."
     name = row["name"]
@@ -424,7 +443,7 @@ class Files:
         threads, name = row["threads"], row["name"]
         line = row["task"] == "line"
         found = {"text": self.line(row["size"]) if line else self.part(row["size"])}
-        encodes = "encode" in (row["task"], row.get("of")) or row["task"] in ("batch", "decode", "short")
+        encodes = "encode" in (row["task"], row.get("of")) or row["task"] in ("array", "batch", "decode", "short")
         found["warm"] = self.part("2MB" if encodes else "5MB")
         if row["task"] not in ("train", "replay") and row.get("of") not in ("train", "count"):
             found["tokenizer"] = self.tokenizer(row["vocab"])
@@ -560,6 +579,7 @@ def all_rows(args) -> Iterator[dict]:
         yield from turns("train", TRAINERS, size, vocab=vocab, threads=n)
     for size, vocab, n in cross(sizes, (32000, GPT2), args.threads):
         yield from turns("encode", ENCODERS, size, vocab=vocab, threads=n)
+    for vocab in (32000, GPT2): yield from turns("array", ["ours", "gigatoken"], sizes[0], vocab=vocab, threads=1)
     for n in args.threads: yield from turns("batch", ENCODERS, sizes[0], vocab=32000, threads=n)
     for size in sizes: yield from turns("decode", ENCODERS, size, vocab=32000, threads=1)
     for vocab, width in cross((32000, GPT2), SHORT):
@@ -787,7 +807,7 @@ def record(args) -> None:
                "text": newest["text"],
                "code": {"training" if trains(row) else "encoding": row["code"] for row in rows if "code" in row},
                "versions": {row["name"]: row["version"] for row in rows}, "ties": TIES, "write_up": WRITE_UP,
-               "rows": of("train", "encode", "batch", "decode", "short"), "ratios": ratios(table), "line": lines(table),
+               "rows": of("train", "encode", "array", "batch", "decode", "short"), "ratios": ratios(table), "line": lines(table),
                "cold": of("cold"), "replay": of("replay"), "check": of("check")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write(args.output, (json.dumps(rounded(content), indent=1) + "\n").encode())

@@ -27,9 +27,10 @@ MUTATIONS = {
                "kinds_part_at(text, cut, size, tables): return cut - 1"),
     "tie": ("bpe", "return order > 0", "return order < 0"),
     "surrogate": ("pretokenization", "if code < least or 0xD800 <= code < 0xE000 or", "if code < least or"),
-    "rank": ("tokenizer", "for k in range(room): best = min(best, offers[k])",
-             "for k in range(room - 1): best = min(best, offers[k])"),
-    "decode": ("tokenizer", "if not 0 <= id < len(ends) - 1 or", "if not 0 <= id < len(ends) or"),
+    "rank": ("tokenizer", "for k in range(16, width + 1): best", "for k in range(16, width): best"),
+    "cache": ("tokenizer", "return cache[row, 0] ^ low | (cache[row, 1] ^ high) << np.uint64(4) == np.uint64(0)",
+              "return cache[row, 0] == low"),
+    "decode": ("tokenizer", "if id >= known: return ~place, n", "if id > known: return ~place, n"),
 }
 
 
@@ -129,7 +130,7 @@ class Checks:
     def __init__(self):
         from cs336_lm import bpe, dataset, pretokenization, tokenizer
         self.bpe, self.dataset, self.pre, self.tok = bpe, dataset, pretokenization, tokenizer
-        self.tokenizers, self.pool = [], ThreadPoolExecutor(2)
+        self.tokenizers, self.made, self.pool = [], 0, ThreadPoolExecutor(2)
         always_compiled(self.pre, self.bpe, self.tok)
 
     def count(self, case: Case):
@@ -215,15 +216,17 @@ class Checks:
         return ids
 
     def tokenizer(self, case: Case):
-        "One of a few tokenizers with merges of earlier texts, so that word caches fill; each is replaced in the end."
+        """One of a few tokenizers with merges of earlier texts, so that word caches fill; each is replaced in the end.
+
+        At times, with none left, the encoder's blocks get another size."""
         rng = case.rng()
+        if self.made % 50 == 49: self.tokenizers, self.tok.BLOCK_BYTES = [], case.block
         if len(self.tokenizers) < 4 or rng.random() < 0.02:
-            self.tokenizers = [*self.tokenizers[-3:], self.new_tokenizer(case, rng)]
+            self.tokenizers, self.made = [*self.tokenizers[-3:], self.new_tokenizer(case, rng)], self.made + 1
         return self.tokenizers[rng.randrange(len(self.tokenizers))]
 
     def new_tokenizer(self, case: Case, rng: random.Random):
         "Half of the vocabularies are trained; half join any two tokens, as no trainer would. Ids may be shuffled."
-        if hasattr(self.tok, "BLOCK_BYTES"): self.tok.BLOCK_BYTES = case.block
         words = Counter(re.findall(r"\S+|\s+", case.text + " the cat's hat, 日本語 aaaa")).items()
         counts = {word.encode(): n for word, n in words}
         vocab, merges = without_warnings(self.bpe.train_bpe_naive, counts, 256 + case.merges, [])
@@ -259,7 +262,7 @@ def differ(fast, clear) -> str | None:
 def always_compiled(*modules) -> None:
     "Let compiled code serve texts of any size."
     for module in modules:
-        for name in ("MIN_COMPILED_BYTES", "MIN_COMPILED_WORD_BYTES", "LOAD_CHARS", "FAST_CHARS", "LARGE_PIECE"):
+        for name in ("MIN_COMPILED_BYTES", "MIN_COMPILED_WORD_BYTES", "LOAD_CHARS", "FAST_CHARS", "FAST_IDS", "LARGE_PIECE"):
             if hasattr(module, name): setattr(module, name, 1 if name == "LARGE_PIECE" else 0)
 
 
