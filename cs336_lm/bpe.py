@@ -367,7 +367,7 @@ def best_to_top(heap, used, tallies, watermark, shelves, links, pairs, heads, te
         if used[2] == 0: continue  # all that lay on the shelf was out of date
         q, count = heap[0, 1], tallies[heap[0, 1], 0]
         if heap[0, 0] == count: return q
-        if count >= used[5]:
+        if count >= max(used[5], watermark):
             heap[0, 0] = count
             sink(heap, used[2], 0, pairs, heads, texts, ends)
         else:
@@ -531,7 +531,8 @@ FIRST_PAIRS = 1 << 16  # room for as many pairs as there are of bytes
 def _rebuild(index: _Index, watermark: int) -> None:
     "Index the pairs that occur at least `watermark` times in the slots as they are now."
     self, used, index.watermark = index, index.used, watermark
-    self.table, self.pairs, self.tallies = (np.zeros((n * FIRST_PAIRS, k), np.int64) for n, k in ((2, 2), (1, 2), (1, 3)))
+    self.table, self.pairs, self.tallies = (np.zeros((n * FIRST_PAIRS, k), np.int64)
+                                            for n, k in ((2, 2), (1, 2), (1, 3)))
     used[0], begin = 0, 1
     while begin < len(self.slots):
         begin = count_slots(self.slots, begin, self.counts, self.ends, self.table, self.pairs, self.tallies, used)

@@ -19,17 +19,17 @@ from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['PATTERN', 'MIN_PARALLEL_BYTES', 'EDGE', 'LETTER', 'NUMBER', 'OTHER', 'SPACE', 'BLANK', 'QUOTE', 'MAYBE_CONTRACTION',
-           'LOOK', 'BLOCK', 'TWINS', 'BATCH', 'NO_KEY', 'SHARD_BYTES', 'MAX_PENDING', 'MIN_COMPILED_BYTES',
-           'pretokenize', 'kind', 'check_special_tokens', 'split_special', 'count_text', 'kinds_part', 'is_safe_cut',
-           'read_text', 'read_chunks', 'count_pretokens_clear', 'three_kinds_rule', 'kind_table', 'compiled',
-           'load_compiled', 'read_code_point', 'same_bytes', 'special_width', 'contraction_width', 'scan_tables',
-           'look_closer', 'find_pieces', 'mask_of', 'block_masks', 'byte_mask', 'lowest_bit', 'count_bits',
-           'eight_bytes', 'prefetch', 'vector_code', 'bits_below', 'add_wide', 'mark_starts', 'carry',
-           'mark_contractions', 'first_special', 'write_places', 'find_starts', 'word_key', 'first_row', 'add_short',
-           'part_of', 'long_hash', 'same_word', 'add_long', 'prepare_batch', 'add_word', 'count_pieces', 'pour',
-           'WordTable', 'Words', 'copy_words', 'words_of', 'kinds_part_at', 'contraction_letter', 'special_beside',
-           'last_safe_cut', 'safe_shards', 'count_shard', 'count_words', 'say_if_slow', 'compiled_ready',
-           'count_pretokens']
+           'LOOK', 'BLOCK', 'TWINS', 'BATCH', 'NO_KEY', 'LARGEST_CHUNK', 'SHARD_BYTES', 'MAX_PENDING',
+           'MIN_COMPILED_BYTES', 'pretokenize', 'kind', 'check_special_tokens', 'split_special', 'count_text',
+           'kinds_part', 'is_safe_cut', 'read_text', 'read_chunks', 'count_pretokens_clear', 'three_kinds_rule',
+           'kind_table', 'compiled', 'load_compiled', 'read_code_point', 'same_bytes', 'special_width',
+           'contraction_width', 'scan_tables', 'look_closer', 'find_pieces', 'mask_of', 'block_masks', 'byte_mask',
+           'lowest_bit', 'count_bits', 'eight_bytes', 'prefetch', 'vector_code', 'bits_below', 'add_wide',
+           'mark_starts', 'carry', 'mark_contractions', 'first_special', 'write_places', 'find_starts', 'word_key',
+           'first_row', 'add_short', 'part_of', 'long_hash', 'same_word', 'add_long', 'prepare_batch', 'add_word',
+           'count_pieces', 'pour', 'WordTable', 'Words', 'copy_words', 'words_of', 'kinds_part_at',
+           'contraction_letter', 'special_beside', 'last_safe_cut', 'safe_shards', 'count_shard', 'count_words',
+           'say_if_slow', 'compiled_ready', 'count_pretokens']
 
 # %% ../nbs/03_pretokenization.ipynb #8e0ee28d
 # GPT-2's pre-tokenization pattern (Radford et al., 2019), for the module `regex`.
@@ -764,11 +764,13 @@ class WordTable:
 
     def rows(self) -> tuple[np.ndarray, ...]:
         "What is in use, without the free rows: short words, long words, their store, how many of each."
-        return self.short[self.short[:, 1] != 0], self.long[self.long[:, 2] != 0], self.store[:self.used[2] + 2], self.used
+        short, long = self.short[self.short[:, 1] != 0], self.long[self.long[:, 2] != 0]
+        return short, long, self.store[:self.used[2] + 2], self.used
 
     def absorb(self, short, long, store, used) -> None:
         "Add the counts of another table's arrays or rows."
-        if any(2 * (self.used + used) >= (len(self.short), len(self.long), 2 * len(self.store) - 4)): self.make_room(*used)
+        room = len(self.short) // 2, len(self.long) // 2, len(self.store) - 2
+        if any(self.used + used >= room): self.make_room(*used)
         pour(short, long, store, self.short, self.long, self.store, self.used)
 
 # %% ../nbs/03_pretokenization.ipynb #c94ad033
@@ -899,12 +901,18 @@ def _check_unchanged(reader: _ChunkReader, shorter: bool = False) -> None:
                       "count it again when nothing writes to it")
 
 # %% ../nbs/03_pretokenization.ipynb #3934b729
+LARGEST_CHUNK = 1 << 30  # places in a chunk have 31 bits
+
+
 def _next_chunk(reader: _ChunkReader, buffers: _Buffers) -> tuple[int, int]:
     "Read the next chunk into `buffers`: its place in the file and its size, which is 0 after the last one."
     with reader.lock:
         at, cut, want = reader.at, 0, reader.chunk_bytes
         while cut == 0 and at < reader.end and not reader.stopped:
             size, want = min(want, reader.end - at), 2 * want
+            if size > LARGEST_CHUNK:
+                raise ValueError(f"{reader.path} has no place where it may be cut in {LARGEST_CHUNK:,} bytes from byte "
+                                 f"{at:,} on; break up what stands there without a space")
             if len(buffers.starts) < size + BLOCK: buffers.make_room(size)
             _read_exactly(reader, at, memoryview(buffers.text)[:size])
             cut = size if at + size == reader.end else last_safe_cut(buffers.text, size, reader.tables)
@@ -962,16 +970,18 @@ def _count_part(path, special_tokens: tuple[str, ...], num_threads: int, chunk_b
 SHARD_BYTES, MAX_PENDING = 1 << 26, 64
 
 
-def safe_shards(path: str | os.PathLike, special_tokens: tuple[str, ...], shard_bytes: int) -> Iterator[tuple[int, int]]:
+def safe_shards(path: str | os.PathLike, special_tokens: tuple[str, ...],
+                shard_bytes: int) -> Iterator[tuple[int, int]]:
     "Ranges of the file, about `shard_bytes` each, that begin and end at safe cuts."
     size, begin, tables = os.path.getsize(path), 0, scan_tables(special_tokens)
     longest = max([len(token.encode()) for token in special_tokens], default=0) + 4
     with open(path, "rb", buffering=0) as file:
         while begin < size:
             cut, at, want = 0, begin + shard_bytes, 2 * longest + 256
-            while cut <= longest and at + want < size:  # a cut so near the window's start might lie in a special token
+            # A cut too near the window's start might lie in a special token.
+            while cut <= longest and at + want < size and want < LARGEST_CHUNK:
                 file.seek(at)
-                window = np.frombuffer(file.read(want), np.uint8)
+                window = np.frombuffer(bytearray(file.read(want)), np.uint8)
                 cut, want = last_safe_cut(window, len(window), tables), 2 * want
             end = at + cut if cut > longest else size
             yield begin, end
@@ -1047,7 +1057,8 @@ def _try_once() -> bool:
 
 # %% ../nbs/03_pretokenization.ipynb #44264119
 def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
-                    progress: bool = False, chunk_bytes: int = 1 << 19, executor: Executor | None = None) -> Counter[bytes]:
+                    progress: bool = False, chunk_bytes: int = 1 << 19,
+                    executor: Executor | None = None) -> Counter[bytes]:
     """How often each pre-token (as UTF-8 bytes) occurs in a text file; special tokens separate and are not counted.
 
     From `MIN_COMPILED_BYTES` on by compiled code (numba; the first call ever compiles for some seconds), in

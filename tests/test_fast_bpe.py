@@ -255,6 +255,15 @@ def test_a_word_larger_than_a_chunk(tmp_path):
     assert words == {b"start": 1, (" " + "日" * 400_000).encode(): 1, b"b" * 900_000: 1, b" end": 1}
 
 
+def test_a_text_that_cannot_be_cut_is_refused_in_time(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("good words " + "a" * 100_000)
+    monkeypatch.setattr(pre, "LARGEST_CHUNK", 50_000)
+    with pytest.raises(ValueError, match="text.txt has no place where it may be cut in 50,000 bytes from byte 10 on"):
+        count_words(path, [], chunk_bytes=1000)
+    assert list(pre.safe_shards(path, (), 20_000)) == [(0, path.stat().st_size)]
+
+
 def test_chunks_stay_small(tmp_path):
     path = tmp_path / "text.txt"
     for text in ("many words, no token at all. " * 3000, "<|endoftext|>" * 5000, "一二三，四五六。" * 5000, "word\n" * 9000):
@@ -416,7 +425,7 @@ def test_arrays_grow(monkeypatch):
     monkeypatch.setattr(bpe, "_make_room", lambda index, *more: (grown.append(more[1] > 0), original(index, *more)))
     monkeypatch.setattr(bpe, "FIRST_PAIRS", 64)
     expected = quick(counts, 6_000)
-    for watermark in (1, 7, 10**9): assert learn_merges_compiled(pack_words(counts), 6_000, watermark=watermark) == expected
+    for watermark in (1, 7, 100_000, 10**9): assert learn_merges_compiled(pack_words(counts), 6_000, watermark=watermark) == expected
     assert {False, True} == set(grown), "room for counting all pairs, and for what merges add"
 
 
