@@ -5,10 +5,13 @@
 # %% ../nbs/06_dataset.ipynb #b3b8098f
 from __future__ import annotations
 
-import hashlib, json, os, threading, warnings
+import hashlib, json, os, pickle, threading, warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -18,18 +21,19 @@ from tqdm import tqdm
 
 from .corpora import END_OF_TEXT, describe_file, read_documents, write_aside
 from . import pretokenization
-from .pretokenization import read_text
+from .pretokenization import read_text, safe_shards
 from .tokenizer import Bench, FastEncoder, Tokenizer, in_order, pays, read_json, thread_count
 
 if TYPE_CHECKING: import torch
 
 # %% auto #0
-__all__ = ['IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile', 'sidecar_path', 'write_sidecar',
-           'encode_clear', 'check_separators', 'with_bar', 'DocumentCounter', 'BlockReader', 'read_block',
-           'read_exactly', 'check_unchanged', 'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads',
-           'encode_file', 'map_npy', 'read_token_file', 'open_tokens', 'get_batch', 'check_sizes', 'to_tensors',
-           'document_starts', 'pad_rows', 'get_document_batch', 'document_piece', 'stream_pieces', 'document_pieces',
-           'padded_batches', 'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample',
+__all__ = ['SHARD_BYTES', 'SHARDS_AHEAD', 'IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile',
+           'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'with_bar', 'DocumentCounter',
+           'BlockReader', 'read_block', 'read_exactly', 'check_unchanged', 'raise_not_utf8', 'encode_block',
+           'encode_blocks', 'encode_in_threads', 'unpack_tokenizer', 'encode_shard', 'encode_shards',
+           'encode_in_executor', 'encode_file', 'map_npy', 'read_token_file', 'open_tokens', 'get_batch', 'check_sizes',
+           'to_tensors', 'document_starts', 'pad_rows', 'get_document_batch', 'document_piece', 'stream_pieces',
+           'document_pieces', 'padded_batches', 'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample',
            'sample_documents', 'bytes_per_token']
 
 # %% ../nbs/06_dataset.ipynb #f4877560
@@ -55,7 +59,7 @@ def write_npy(path: str | os.PathLike, dtype: np.dtype, parts: Iterable[np.ndarr
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})
         start = file.tell()
         for part in parts:
-            file.write(part.tobytes())
+            file.write(memoryview(np.ascontiguousarray(part)))
             count += len(part)
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
@@ -129,30 +133,33 @@ class DocumentCounter:
 
 # %% ../nbs/06_dataset.ipynb #6e5e9cf3
 class BlockReader:
-    "Reads a UTF-8 file block by block, each into the bench (chapter 5) of the thread that asks."
+    """Reads a UTF-8 file block by block, each into the bench (chapter 5) of the thread that asks.
 
-    def __init__(self, path: str | os.PathLike):
+    `part` is a range of the file and the size that the whole file must have; a part is not described."""
+
+    def __init__(self, path: str | os.PathLike, part: tuple[int, int, int] | None = None):
         self.path, self.lock, self.file = path, threading.Lock(), open(path, "rb", buffering=0)
-        self.size, self.at, self.blocks = os.fstat(self.file.fileno()).st_size, 0, 0
+        size = os.fstat(self.file.fileno()).st_size
+        (self.at, self.end, self.size), self.whole, self.blocks = part or (0, size, size), part is None, 0
         self.digest, self.counter = hashlib.sha256(), DocumentCounter()
 
     def next_block(self, bench: Bench) -> tuple[int, int, int]:
         "Number, place in the file and size of the next block, which is then in `bench.text`; size 0 after the last."
         with self.lock:
             number, at, cut = self.blocks, self.at, 0
-            while not cut and at < self.size: cut = read_block(self, bench)
-            block = bench.text[:cut].tobytes()
-            self.digest.update(block)
-            self.counter.add(block)
+            while not cut and at < self.end: cut = read_block(self, bench)
+            if self.whole:
+                self.digest.update(bench.bytes[:cut])
+                self.counter.add(bench.text[:cut].tobytes())
             self.blocks, self.at = number + 1, at + cut
             return number, at, cut
 
 # %% ../nbs/06_dataset.ipynb #5391cfb4
 def read_block(reader: BlockReader, bench: Bench) -> int:
     "Read as much as the bench holds; where it must be cut. 0 if there is no safe place: then the bench has grown."
-    size = min(bench.size, reader.size - reader.at)
-    read_exactly(reader, memoryview(bench.text)[:size])
-    if reader.at + size == reader.size: return size
+    size = min(bench.size, reader.end - reader.at)
+    read_exactly(reader, bench.bytes[:size])
+    if reader.at + size == reader.end: return size
     if cut := pretokenization.last_safe_cut(bench.text, size, bench.scan): return cut
     found = pretokenization.find_starts(bench.text, size, bench.scan, bench.starts)
     if found < 0 and ~found < size - 4: raise_not_utf8(reader.path, reader.at, bench.text[:size].tobytes())
@@ -188,7 +195,7 @@ def encode_block(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype) -> 
     number, size, bench = None, None, encoder.take()
     try:
         number, at, size = reader.next_block(bench)
-        try: ids = bench.ids(size).astype(dtype)
+        try: ids = bench.ids(size).astype(dtype)  # a copy: the bench will be used again
         except UnicodeDecodeError: raise_not_utf8(reader.path, at, bench.text[:size].tobytes())
         encoder.put(bench)
         return number, size, ids
@@ -201,7 +208,7 @@ def encode_blocks(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype, nu
     "The ids of the file, block by block in order; raises the first error of the text."
     early, wanted = {}, 0  # results that came before their turn; whose turn it is
     work = in_order(lambda _: encode_block(encoder, reader, dtype), repeat(None), num_threads)
-    with tqdm(total=reader.size, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar, closing(work):
+    with tqdm(total=reader.end - reader.at, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar, closing(work):
         while True:
             while wanted not in early:
                 number, *result = next(work)
@@ -226,13 +233,60 @@ def encode_in_threads(encoder: FastEncoder, num_threads: int, input_path: str | 
     return {"name": name, "bytes": reader.at, "documents": reader.counter.documents,
             "sha256": reader.digest.hexdigest()}, tokens
 
+# %% ../nbs/06_dataset.ipynb #f610dd7d
+SHARD_BYTES, SHARDS_AHEAD = 1 << 24, 16
+
+
+@lru_cache(maxsize=2)
+def unpack_tokenizer(packed: bytes) -> Tokenizer:
+    "The tokenizer in a pickle, with its compiled encoder, once in each process."
+    tokenizer = pickle.loads(packed)
+    if tokenizer.fast is None: raise RuntimeError("A worker of the executor has no numba: install it there as well.")
+    return tokenizer
+
+
+def encode_shard(packed: bytes, path: str, part: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
+    "What a worker does: the ids of a file's part (begin, end, size of the whole file)."
+    encoder, reader = unpack_tokenizer(packed).fast, BlockReader(path, part)
+    with closing(reader.file):
+        return np.concatenate([np.empty(0, dtype), *encode_blocks(encoder, reader, dtype, 1, False)])
+
+# %% ../nbs/06_dataset.ipynb #f7c9b4c5
+def encode_shards(tokenizer: Tokenizer, executor: Executor, path: str, size: int, dtype: np.dtype,
+                  progress: bool) -> Iterator[np.ndarray]:
+    "The ids of the file, shard by shard in order, by the workers of an executor; after an error no more is begun."
+    packed, pending = pickle.dumps(tokenizer), deque()
+    with tqdm(total=size, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar:
+        try:
+            for begin, end in safe_shards(path, tuple(tokenizer.special_tokens), SHARD_BYTES):
+                pending.append((end - begin, executor.submit(encode_shard, packed, path, (begin, end, size), dtype)))
+                if len(pending) < SHARDS_AHEAD: continue
+                yield pending[0][1].result()
+                bar.update(pending.popleft()[0])
+            while pending:
+                yield pending[0][1].result()
+                bar.update(pending.popleft()[0])
+        finally:
+            for _, future in pending: future.cancel()
+
+
+def encode_in_executor(tokenizer: Tokenizer, executor: Executor, input_path: str | os.PathLike,
+                       output_path: str | os.PathLike, dtype: np.dtype, corpus_name: str | None,
+                       progress: bool) -> tuple[dict, int]:
+    "What `encode_clear` does, by the workers of an executor."
+    corpus = describe_file(input_path, corpus_name)
+    work = encode_shards(tokenizer, executor, os.path.abspath(input_path), corpus["bytes"], dtype, progress)
+    with closing(work): return corpus, write_npy(output_path, dtype, work)
+
 # %% ../nbs/06_dataset.ipynb #1d103347
 def encode_file(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path: str | os.PathLike, *,
-                corpus_name: str | None = None, progress: bool = False, num_threads: int | None = None) -> TokenFile:
+                corpus_name: str | None = None, progress: bool = False, num_threads: int | None = None,
+                executor: Executor | None = None) -> TokenFile:
     """Encode a UTF-8 text file to a flat `.npy` of ids with its description beside it, in constant memory.
 
-    Large files go through compiled code in `num_threads` threads (default: the processors, at most 8); the result is
-    the same. Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
+    Large files go through compiled code in `num_threads` threads (default: the processors, at most 8) or, if an
+    `executor` (`concurrent.futures`) is given, by its workers, who must find the file under the same path; the result
+    is the same. Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
     `output_path` does not end in .npy; `OSError` for a full disk or a file that changes. After an error nothing stands
     under the final name that was not there before. `corpus_name` defaults to the file's name."""
     sidecar, dtype, threads = sidecar_path(output_path), token_dtype(tokenizer.vocab_size), thread_count(num_threads)
@@ -241,7 +295,9 @@ def encode_file(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path
     sidecar.unlink(missing_ok=True)  # an old description must never stand beside new ids
     encoder = tokenizer.fast if pays(size) else None
     where = input_path, output_path, dtype, corpus_name, progress
-    corpus, tokens = encode_in_threads(encoder, threads, *where) if encoder else encode_clear(tokenizer, *where)
+    if encoder and executor: corpus, tokens = encode_in_executor(tokenizer, executor, *where)
+    elif encoder: corpus, tokens = encode_in_threads(encoder, threads, *where)
+    else: corpus, tokens = encode_clear(tokenizer, *where)
     check_separators(corpus, tokenizer, input_path)
     maker = {name: getattr(tokenizer, name) for name in ("vocab_size", "sha256", "trained_on")}
     about = TokenFile(Path(output_path), dtype.name, tokens, corpus["bytes"], corpus["documents"], corpus, maker)

@@ -28,20 +28,21 @@ if TYPE_CHECKING: import tiktoken, tokenizers
 # %% auto #0
 __all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'LOAD_CHARS', 'FAST_CHARS',
            'FAST_IDS', 'LARGE_PIECE', 'STORE_TWINS', 'NO_ID', 'NO_RANK', 'SHORT_WORD', 'NO_OFFER', 'CACHE_ROWS',
-           'KEY_MASKS', 'BATCH', 'BLOCK_BYTES', 'DECODE_BLOCK', 'DECODE_IDS', 'TOKEN_COLOURS', 'VIEW_STYLE',
+           'KEY_MASKS', 'AHEAD', 'BLOCK_BYTES', 'DECODE_BLOCK', 'DECODE_IDS', 'TOKEN_COLOURS', 'VIEW_STYLE',
            'merge_in_order', 'merge_by_rank', 'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials',
            'join_tokens', 'text_parts', 'new_cache', 'remember', 'encode_utf8', 'look_up', 'ByteLevelBPE',
            'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'byte_to_unicode', 'token_to_text',
            'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays', 'last_cut', 'Tokenizer', 'save_tokenizer',
-           'read_specials', 'load_tokenizer', 'put_four', 'copy_16', 'highest_bit', 'store_code', 'pair_row',
+           'read_specials', 'load_tokenizer', 'put_ids', 'copy_16', 'highest_bit', 'store_code', 'pair_row',
            'pair_group', 'find_rank', 'place_group', 'place_pairs', 'pair_table', 'pair_group_of', 'MergeTables',
-           'merge_tables', 'start_word', 'least_offer', 'merge_short', 'heap_push', 'heap_pop', 'gather', 'push_pair',
-           'merge_long', 'keep_word', 'same_word', 'put_row', 'ask_for_rows', 'find_special', 'merge_and_keep',
-           'encode_rare', 'encode_pieces', 'lay_out', 'part_of', 'encode_laid_out', 'encode_16', 'encode_32', 'Bench',
-           'raise_not_utf8', 'block_ids', 'FastEncoder', 'telling', 'load_encoder', 'warm_up', 'make_fast',
-           'TokenTable', 'token_table', 'decode_some', 'decode_array', 'id_array', 'in_order', 'thread_count',
-           'text_groups', 'visible', 'token_html', 'TokenView', 'mergeable_ranks', 'check_all_bytes', 'need',
-           'tiktoken_encoding', 'huggingface_vocab', 'huggingface_tokenizer']
+           'merge_tables', 'start_word', 'least_offer', 'merge_step', 'merge_short', 'heap_push', 'heap_pop', 'gather',
+           'push_pair', 'merge_long', 'keep_word', 'same_word', 'ask_for_rows', 'list_missing', 'list_new',
+           'start_lane', 'keep_lane', 'merge_new', 'find_special', 'encode_rare', 'encode_pieces', 'lay_out', 'part_of',
+           'encode_laid_out', 'encode_16', 'encode_32', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder',
+           'telling', 'load_encoder', 'warm_up', 'make_fast', 'TokenTable', 'token_table', 'decode_some',
+           'decode_array', 'id_array', 'in_order', 'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView',
+           'mergeable_ranks', 'check_all_bytes', 'need', 'tiktoken_encoding', 'huggingface_vocab',
+           'huggingface_tokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #1fe35062
 def merge_in_order(pretoken: bytes, merges: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
@@ -429,6 +430,9 @@ class Tokenizer(ByteLevelBPE):
         mostly_gaps = self.vocab_size > 16 * len(self.vocab) + (1 << 20)
         return None if mostly_gaps else token_table(self.vocab)
 
+    def __reduce__(self):
+        return _remake, (type(self), self.vocab, self.merges, self.special_tokens, self.trained_on)
+
     def _large(self, piece: str) -> bool:
         return len(piece) >= LARGE_PIECE and pays(len(piece)) and self.fast is not None
 
@@ -478,6 +482,11 @@ class Tokenizer(ByteLevelBPE):
         """
         return huggingface_tokenizer(self)
 
+# %% ../nbs/05_tokenizer.ipynb #2497f8df
+def _remake(cls: type[Tokenizer], vocab: dict, merges: list, special_tokens: list, trained_on: str | None) -> Tokenizer:
+    "For `pickle`: a tokenizer travels without its caches and compiled code."
+    return cls(vocab, merges, special_tokens, trained_on=trained_on)
+
 # %% ../nbs/05_tokenizer.ipynb #0ba870ce
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     "Write the four files of a tokenizer's folder."
@@ -517,11 +526,12 @@ def _check_meta(tokenizer: Tokenizer, meta: dict, directory: Path) -> None:
     tokenizer.trained_on = meta.get("trained_on")
 
 # %% ../nbs/05_tokenizer.ipynb #c16f4d0e
-def put_four(out, n, low, high):
-    "Write four ids to out[n:n + 4]: those of 16 bits all stand in `low`, those of 32 bits two in `low`, two in `high`."
-    for k in range(4):
-        if out.itemsize == 2: out[n + k] = low >> np.uint64(16 * k) & np.uint64(0xFFFF)
-        else: out[n + k] = (low if k < 2 else high) >> np.uint64(32 * (k & 1)) & np.uint64(0xFFFFFFFF)
+def put_ids(out, n, low, high):
+    "Write the 16 bytes of `low` and `high`, eight ids of 16 bits or four of 32, to `out` from out[n] on."
+    each = 8 // out.itemsize
+    for k in range(2 * each):
+        part = (low if k < each else high) >> np.uint64(8 * out.itemsize * (k % each))
+        out[n + k] = part & np.uint64((1 << 8 * out.itemsize) - 1)
 
 
 def copy_16(source, i, target, k):
@@ -551,11 +561,10 @@ def store_code() -> dict[str, Callable]:
         return builder.bitcast(builder.gep(data, [offset]), pointed.as_pointer())
 
     @intrinsic
-    def put_four(typing, out, n, low, high):
+    def put_ids(typing, out, n, low, high):
         def write(context, builder, signature, args):
-            width = out.dtype.bitwidth // 8
-            for part in range(width // 2):
-                offset = builder.add(builder.mul(args[1], int64(width)), int64(8 * part))
+            for part in range(2):
+                offset = builder.add(builder.mul(args[1], int64(out.dtype.bitwidth // 8)), int64(8 * part))
                 builder.store(args[2 + part], place(context, builder, out, args[0], offset, int64), align=1)
             return context.get_dummy_value()
         return types.void(out, types.intp, types.uint64, types.uint64), write
@@ -573,22 +582,22 @@ def store_code() -> dict[str, Callable]:
         def write(context, builder, signature, args): return builder.sub(int64(63), builder.ctlz(args[0], bit(1)))
         return types.intp(types.uint64), write
 
-    return {f.__name__: f for f in (put_four, copy_16, highest_bit)}
+    return {f.__name__: f for f in (put_ids, copy_16, highest_bit)}
 
 # %% ../nbs/05_tokenizer.ipynb #391a8d60
-STORE_TWINS = {f.__name__: f for f in (put_four, copy_16, highest_bit)}
+STORE_TWINS = {f.__name__: f for f in (put_ids, copy_16, highest_bit)}
 
 
 def _try_stores(narrow, wide, text):
     low, high = np.uint64(0x0123456789ABCDEF), np.uint64(0xFEDCBA9876543210)
-    put_four(narrow, 1, low, high)
-    put_four(wide, 1, low, high)
+    put_ids(narrow, 1, low, high)
+    put_ids(wide, 1, low, high)
     copy_16(text, 3, text, 24)
     return highest_bit(low)
 
 
 def _stores_tried(function: Callable) -> list:
-    arrays = np.zeros(6, np.uint16), np.zeros(6, np.uint32), np.arange(48, dtype=np.uint8)
+    arrays = np.zeros(10, np.uint16), np.zeros(6, np.uint32), np.arange(48, dtype=np.uint8)
     return [function(*arrays), *(array.tolist() for array in arrays)]
 
 
@@ -728,23 +737,28 @@ def least_offer(state, width):
 
 # %% ../nbs/05_tokenizer.ipynb #59798953
 @compiled
+def merge_step(state, alive, width, tables):
+    "Join the pair of the least offer: which places are alive then, and whether there was one."
+    best = least_offer(state, width)
+    if best >= NO_OFFER: return alive, False
+    at, made, one = best & 63, tables.products[best >> 6], np.uint64(1)
+    above, below = alive & ~one << np.uint64(at), alive & (one << np.uint64(at)) - one
+    gone, before = pretokenization.lowest_bit(above), highest_bit(below)
+    above &= above - one
+    after = pretokenization.lowest_bit(above)
+    state[at, 1], state[gone, 0] = made, NO_OFFER
+    state[at, 0] = find_rank(tables.pairs, tables.shifts, made, state[after, 1]) << 6 | at
+    state[before, 0] = find_rank(tables.pairs, tables.shifts, state[before, 1], made) << 6 | before
+    return alive & ~(one << np.uint64(gone)), True
+
+
+@compiled
 def merge_short(text, begin, width, tables, state):
     "Merge a word of 1 to SHORT_WORD bytes; the mask of the places where parts begin, whose ids are in state[place, 1]."
     start_word(text, begin, width, tables, state)
-    one = np.uint64(1)
-    alive = (one << np.uint64(width + 2)) - one
-    while True:
-        best = least_offer(state, width)
-        if best >= NO_OFFER: return alive & (one << np.uint64(width + 1)) - np.uint64(2)
-        at, made = best & 63, tables.products[best >> 6]
-        above, below = alive & ~one << np.uint64(at), alive & (one << np.uint64(at)) - one
-        gone, before = pretokenization.lowest_bit(above), highest_bit(below)
-        above &= above - one
-        alive &= ~(one << np.uint64(gone))
-        after = pretokenization.lowest_bit(above)
-        state[at, 1], state[gone, 0] = made, NO_OFFER
-        state[at, 0] = find_rank(tables.pairs, tables.shifts, made, state[after, 1]) << 6 | at
-        state[before, 0] = find_rank(tables.pairs, tables.shifts, state[before, 1], made) << 6 | before
+    alive, found = (np.uint64(1) << np.uint64(width + 2)) - np.uint64(1), True
+    while found: alive, found = merge_step(state, alive, width, tables)
+    return alive & (np.uint64(1) << np.uint64(width + 1)) - np.uint64(2)
 
 # %% ../nbs/05_tokenizer.ipynb #74baec7e
 @compiled
@@ -819,8 +833,7 @@ KEY_MASKS[16, 2] = 0xFFFFFFFFFFFFFFFF  # of longer words: no row has such a key
 @compiled
 def keep_word(cache, row, low, high, count, first_ids, more_ids):
     "Put a word of `count` ids into its row, and what stood there into the other one."
-    other = row ^ 1
-    for k in range(4): cache[other, k] = cache[row, k]
+    for k in range(4): cache[row ^ 1, k] = cache[row, k]
     cache[row, 0], cache[row, 1] = low, high | np.uint64(count) << np.uint64(60)
     cache[row, 2], cache[row, 3] = first_ids, more_ids
 
@@ -830,25 +843,18 @@ def same_word(cache, row, low, high):
     "Whether the row holds this word. The count of ids, above bit 60, is not compared."
     return cache[row, 0] ^ low | (cache[row, 1] ^ high) << np.uint64(4) == np.uint64(0)
 
-
-@compiled
-def put_row(cache, row, out, n):
-    "Write the ids of a row to `out`, four at once, of which `count` count; `count`."
-    put_four(out, n, cache[row, 2], cache[row, 3])
-    return np.int64(cache[row, 1] >> np.uint64(60))
-
 # %% ../nbs/05_tokenizer.ipynb #3ea54668
-BATCH = 64
+AHEAD = 256
 
 
 @compiled
 def ask_for_rows(words, starts, first, count, masks, cache, batch):
     "Key and row of the pieces first..first + count - 1 to `batch`; have the rows fetched. Special tokens have no key."
-    for k in range(count):
-        begin, end = np.int64(starts[first + k]), np.int64(starts[first + k + 1])
+    for k in range(count):  # unsigned: numba need not think of an index from the end
+        begin, end = np.int64(starts[first + k]), np.int64(starts[first + k + np.uint64(1)])
         special = begin >> 63  # -1 for a special token, whose start is ~begin
         begin, end = begin ^ special, end ^ end >> 63
-        width = min(end - begin, 16)
+        width = np.uint64(min(end - begin, 16))
         low = pretokenization.eight_bytes(words, begin) & masks[width, 0]
         high = pretokenization.eight_bytes(words, begin + 8) & masks[width, 1] | masks[width, 2] | np.uint64(special)
         mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)
@@ -857,6 +863,77 @@ def ask_for_rows(words, starts, first, count, masks, cache, batch):
         batch[k, 0], batch[k, 1], batch[k, 2] = low, high, row
 
 # %% ../nbs/05_tokenizer.ipynb #a1f33cf5
+@compiled
+def list_missing(batch, count, cache, missing):
+    "The pieces that their rows do not hold to `missing`; how many."
+    found = np.uint64(0)
+    for k in range(count):
+        row, missing[found] = batch[k, 2], k
+        found += np.uint64(0) if same_word(cache, row, batch[k, 0], batch[k, 1]) else np.uint64(1)
+    return found
+
+
+@compiled
+def list_new(batch, missing, found, cache):
+    "Those of `missing` that are to be merged, to its beginning; how many. What stands in its other row changes places."
+    new = 0
+    for n in range(found):
+        k = np.uint64(missing[n])
+        low, high, row = batch[k, 0], batch[k, 1], np.int64(batch[k, 2])
+        if same_word(cache, row ^ 1, low, high):
+            ids, more, count = cache[row ^ 1, 2], cache[row ^ 1, 3], cache[row ^ 1, 1] >> np.uint64(60)
+            keep_word(cache, row, low, high, count, ids, more)
+        elif high != np.uint64(0xFFFFFFFFFFFFFFFF):
+            missing[new] = k
+            new += 1
+    return new
+
+# %% ../nbs/05_tokenizer.ipynb #9bd72499
+@compiled
+def start_lane(text, starts, first, k, batch, tables, state):
+    "Lay the word of piece first + k out: its width, and which places are alive."
+    width = np.int64(batch[k, 1] >> np.uint64(56))
+    start_word(text, np.int64(starts[first + np.uint64(k)]), width, tables, state)
+    return width, (np.uint64(1) << np.uint64(width + 2)) - np.uint64(1)
+
+
+@compiled
+def keep_lane(state, alive, width, k, batch, cache, bits):
+    "Put the merged word of piece k into the cache, if its ids of so many bits have room there."
+    alive &= (np.uint64(1) << np.uint64(width + 1)) - np.uint64(2)
+    ids, more, count, low, high, row = np.uint64(0), np.uint64(0), 0, batch[k, 0], batch[k, 1], np.int64(batch[k, 2])
+    while alive:
+        id = np.uint64(state[pretokenization.lowest_bit(alive), 1])
+        if bits * count < 64: ids |= id << np.uint64(bits * count)
+        elif bits * count < 128: more |= id << np.uint64(bits * count - 64)
+        count += 1
+        alive &= alive - np.uint64(1)
+    if bits * count <= 128 and not same_word(cache, row, low, high): keep_word(cache, row, low, high, count, ids, more)
+
+# %% ../nbs/05_tokenizer.ipynb #3551ed4b
+@compiled
+def merge_new(text, starts, first, new, count, batch, tables, states, cache, bits):
+    "Merge the `count` words that `new` lists, four at a time (the last one more often, if need be), and keep them."
+    a, b, c, d, last = states[0], states[1], states[2], states[3], count - 1
+    for n in range(0, count, 4):
+        i, j, k, m = new[n], new[min(n + 1, last)], new[min(n + 2, last)], new[min(n + 3, last)]
+        a_width, a_alive = start_lane(text, starts, first, i, batch, tables, a)
+        b_width, b_alive = start_lane(text, starts, first, j, batch, tables, b)
+        c_width, c_alive = start_lane(text, starts, first, k, batch, tables, c)
+        d_width, d_alive = start_lane(text, starts, first, m, batch, tables, d)
+        more = True
+        while more:
+            a_alive, a_more = merge_step(a, a_alive, 15, tables)
+            b_alive, b_more = merge_step(b, b_alive, 15, tables)
+            c_alive, c_more = merge_step(c, c_alive, 15, tables)
+            d_alive, d_more = merge_step(d, d_alive, 15, tables)
+            more = a_more or b_more or c_more or d_more
+        keep_lane(a, a_alive, a_width, i, batch, cache, bits)
+        keep_lane(b, b_alive, b_width, j, batch, cache, bits)
+        keep_lane(c, c_alive, c_width, k, batch, cache, bits)
+        keep_lane(d, d_alive, d_width, m, batch, cache, bits)
+
+# %% ../nbs/05_tokenizer.ipynb #164c7fcc
 @compiled
 def find_special(text, begin, width, scan, special_ids):
     "The id of the special token at byte `begin`, by comparing it with all of its width."
@@ -867,55 +944,46 @@ def find_special(text, begin, width, scan, special_ids):
         start = end
     return -1
 
-
+# %% ../nbs/05_tokenizer.ipynb #fd2f782c
 @compiled
-def merge_and_keep(text, begin, width, tables, state, cache, row, low, high, out, n):
-    "Merge a word of at most SHORT_WORD bytes, keep it if it is short, write its ids; their number."
-    alive, count, bits = merge_short(text, begin, width, tables, state), 0, 8 * out.itemsize
-    packed, more = np.uint64(0), np.uint64(0)
-    while alive:
-        id = np.uint64(state[pretokenization.lowest_bit(alive), 1])
-        alive &= alive - np.uint64(1)
-        out[n + count] = id
-        if bits * count < 64: packed |= id << np.uint64(bits * count)
-        elif count < 4: more |= id << np.uint64(bits * count - 64)
-        count += 1
-    if width < 16 and count <= 4: keep_word(cache, row, low, high, count, packed, more)
-    return count
-
-# %% ../nbs/05_tokenizer.ipynb #9bd72499
-@compiled
-def encode_rare(text, begin, end, scan, tables, state, cache, row, low, high, out, n):
-    "Write the ids of a piece that its row does not hold; their number."
+def encode_rare(text, begin, end, scan, tables, state, out, n):
+    "Write the ids of a piece that the cache does not hold; their number."
     if end < 0: end = ~end
     if begin < 0:
         out[n] = find_special(text, ~begin, end - ~begin, scan, tables.special_ids)
         return 1
-    width = end - begin
-    if width < 16 and same_word(cache, row ^ 1, low, high):
-        ids, more, count = cache[row ^ 1, 2], cache[row ^ 1, 3], cache[row ^ 1, 1] >> np.uint64(60)
-        keep_word(cache, row, low, high, count, ids, more)
-        return put_row(cache, row, out, n)
-    if width <= SHORT_WORD: return merge_and_keep(text, begin, width, tables, state, cache, row, low, high, out, n)
-    parts, count = merge_long(text, begin, width, tables)
-    for k in range(count): out[n + k] = parts[k]
+    count = 0
+    if end - begin > SHORT_WORD:
+        parts, count = merge_long(text, begin, end - begin, tables)
+        for k in range(count): out[n + k] = parts[k]
+        return count
+    alive = merge_short(text, begin, end - begin, tables, state)
+    while alive:
+        out[n + count] = state[pretokenization.lowest_bit(alive), 1]
+        alive &= alive - np.uint64(1)
+        count += 1
     return count
 
-# %% ../nbs/05_tokenizer.ipynb #164c7fcc
+# %% ../nbs/05_tokenizer.ipynb #0907449e
 @compiled
-def encode_pieces(text, words, starts, pieces, scan, tables, masks, state, batch, cache, out):
+def encode_pieces(text, words, starts, pieces, scan, tables, masks, states, batch, missing, cache, out):
     """Write the ids of the pieces that `find_starts` found in `text` (and `words`: the same bytes); their number.
 
     `scan` are chapter 3's tables of the special tokens. `out` has room for 8 ids more than the text has bytes."""
-    n = first = 0
-    while first < pieces:
-        count = min(BATCH, pieces - first)
+    n, first, one = 0, np.uint64(0), np.uint64(1)
+    while first < np.uint64(pieces):
+        count = min(np.uint64(AHEAD), np.uint64(pieces) - first)
         ask_for_rows(words, starts, first, count, masks, cache, batch)
+        new = list_new(batch, missing, list_missing(batch, count, cache, missing), cache)
+        merge_new(text, starts, first, missing, new, batch, tables, states, cache, 8 * out.itemsize)
         for k in range(count):
-            low, high, row = batch[k, 0], batch[k, 1], np.int64(batch[k, 2])
-            if same_word(cache, row, low, high): n += put_row(cache, row, out, n)
-            else: n += encode_rare(text, np.int64(starts[first + k]), np.int64(starts[first + k + 1]), scan, tables,
-                                   state, cache, row, low, high, out, n)
+            low, high, row = batch[k, 0], batch[k, 1], batch[k, 2]
+            if same_word(cache, row, low, high):
+                head, ids, more = cache[row, 1], cache[row, 2], cache[row, 3]
+                put_ids(out, n, ids, more)
+                n += np.int64(head >> np.uint64(60))
+            else: n += encode_rare(text, np.int64(starts[first + k]), np.int64(starts[first + k + one]), scan, tables,
+                                   states[0], out, n)
         first += count
     return n
 
@@ -953,9 +1021,10 @@ def encode_laid_out(shared, own, size, out):
     text = words.view(np.uint8)
     pieces = pretokenization.find_starts(text, size, scan, starts)
     if pieces < 0: return pieces
-    masks, state = part_of(shared, 12, np.uint64).reshape(17, 3), part_of(own, 2, np.int64).reshape(64, 2)
-    batch, cache = part_of(own, 3, np.uint64).reshape(BATCH, 3), part_of(own, 4, np.uint64).reshape(-1, 4)
-    return encode_pieces(text, words, starts, pieces, scan, tables, masks, state, batch, cache, out)
+    masks, states = part_of(shared, 12, np.uint64).reshape(17, 3), part_of(own, 2, np.int64).reshape(4, 64, 2)
+    batch, cache = part_of(own, 3, np.uint64).reshape(AHEAD, 3), part_of(own, 4, np.uint64).reshape(-1, 4)
+    return encode_pieces(text, words, starts, pieces, scan, tables, masks, states, batch, part_of(own, 6, np.int64), cache,
+                         out)
 
 
 @compiled
@@ -984,8 +1053,9 @@ class Bench:
     def make_room(self, size: int) -> None:
         "Room for a text of `size` bytes; what was there, and the word cache, is lost."
         self.size, self.room = size, None  # the old buffers go before the new ones come
-        self.room = lay_out([(size // 8 + 9, np.uint64), (size + 66, np.int32), np.full((64, 2), NO_OFFER, np.int64),
-                             (3 * BATCH, np.uint64), (4 * CACHE_ROWS, np.uint64), (size + 8, self.dtype)])
+        self.room = lay_out([(size // 8 + 9, np.uint64), (size + 66, np.int32), np.full(512, NO_OFFER, np.int64),
+                             (3 * AHEAD, np.uint64), (4 * CACHE_ROWS, np.uint64), (size + 8, self.dtype),
+                             (AHEAD + 1, np.int64)])
         view = getattr(part_of, "py_func", part_of)  # also where it is compiled, Python makes its own views
         self.text, self.starts = view(self.room, 0, np.uint64).view(np.uint8), view(self.room, 1, np.int32)
         self.out = view(self.room, 5, self.dtype)
