@@ -119,9 +119,12 @@ def without_warnings(call: Callable, *args, **kwargs):
 
 
 def outcome(call: Callable, *args, **kwargs):
-    "The result of a call, or the kind and words of its error."
+    """The result of a call, or the kind and words of its error.
+
+    A decoder's reason is left out: it says "unexpected end" where a chunk ends right behind the fault."""
     try: return without_warnings(call, *args, **kwargs)
-    except (ValueError, OSError) as error: return type(error).__name__, str(error)
+    except (ValueError, OSError) as error:
+        return type(error).__name__, re.sub(r"(not UTF-8): [\w ]+ (at)", r"\1 \2", str(error))
 
 
 class Checks:
