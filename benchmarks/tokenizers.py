@@ -30,7 +30,7 @@ three times, and the quietest try counts.
 import sys
 sys.path.pop(0)  # this file has the name of a package that it imports
 
-import argparse, gc, hashlib, heapq, importlib.metadata, importlib.util, itertools, json, os, platform, random
+import argparse, ast, gc, hashlib, heapq, importlib.metadata, importlib.util, itertools, json, os, platform, random
 import shutil, statistics, subprocess, tempfile, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -551,10 +551,17 @@ def trains(row: dict) -> bool: return row["task"] in ("train", "replay") or row.
 
 
 def code_hash(row: dict) -> str:
-    "Names the code of ours that a row measures: chapters 3 and 4, or 2 to 6."
+    "Names the code of ours that a row measures: chapters 3 and 4, or 2 to 6. Comments and docstrings are left out."
     folder = Path(importlib.util.find_spec("cs336_lm").origin).parent
     names = ("pretokenization", "bpe") if trains(row) else ("corpora", "pretokenization", "bpe", "tokenizer", "dataset")
-    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:12]
+    return hashlib.sha256("".join(bare_code(folder / f"{name}.py") for name in names).encode()).hexdigest()[:12]
+
+
+def bare_code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node): del node.body[0]
+    return ast.dump(tree)
 
 
 def machine() -> str:
@@ -613,7 +620,7 @@ def run_all(args) -> None:
     rows = [row | about | {"version": versions[row["name"]], "code": code_hash(row)} for row in rows]
     for row in rows:  # a peer's rows are good whatever the code of ours is
         if row["name"] != "ours" and row["task"] != "replay": del row["code"]
-    done = [row for row in read_rows(args.rows) if "error" not in row]
+    done = [row for row in read_rows(args.rows) if "error" not in row and row.get("others", 0) <= args.redo]
     left = [row for row in rows if not any(row.items() <= old.items() for old in done)]
     print(f"{len(rows)} rows, {len(rows) - len(left)} of them done; {args.rows}", flush=True)
     for number, row in enumerate(left, start=1 + len(rows) - len(left)):
@@ -688,10 +695,17 @@ def child(command: list[str], env: dict | None = None, timeout: float = 3600) ->
 
 # -- tables
 
+TASKS = "train", "encode", "array", "batch", "decode", "short", "line", "cold", "replay", "check"
 SETTING = ("task", "of", "size", "vocab", "characters", "threads")
 MIDDLE = ("ids_seconds", "cpu_seconds", "anonymous_bytes", "hwm_bytes")  # of these the median
 NOT_KEPT = {"turn", "machine", "text", "code", "load", "date", "sha256", "sets", "seconds", "anonymous_before", "tries",
             "others", *MIDDLE}
+
+
+def place(one: tuple) -> tuple:
+    "Where a setting stands in the tables."
+    task, of, size, *more = one
+    return TASKS.index(task), of or "", int(size.removesuffix("MB")), [value or 0 for value in more]
 
 
 def setting(row: dict) -> tuple: return tuple(row.get(field) for field in SETTING)
@@ -701,8 +715,10 @@ def medians(rows: list[dict]) -> list[dict]:
     "One entry for each setting and name, of the newest code: the median run, and whether the result is ours."
     rows = [row for row in rows if "error" not in row]
     newest = {trains(row): row["code"] for row in rows if "code" in row}
-    rows, found = [row for row in rows if row.get("code") in (None, newest.get(trains(row)))], []
-    for one in dict.fromkeys(map(setting, rows)):
+    rows = [row for row in rows if row.get("code") in (None, newest.get(trains(row)))]
+    rows.sort(key=lambda row: row.get("others", 0))  # of a run that was made twice the quieter one counts
+    rows, found = list({(setting(row), row["name"], row["turn"]): row for row in reversed(rows)}.values()), []
+    for one in sorted(set(map(setting, rows)), key=place):
         of = [row for row in rows if setting(row) == one]
         ours = next((row.get("sha256") for row in of if row["name"] == "ours"), None)
         for name in PACKAGES:
@@ -847,6 +863,7 @@ def main() -> None:
     run.add_argument("--repeats", type=int, default=5)
     run.add_argument("--only", nargs="+", default=[])
     run.add_argument("--minutes", type=float, help="start no row after so many minutes")
+    run.add_argument("--redo", type=float, default=float("inf"), help="also make rows whose `others` was above this")
     run.add_argument("--timeout", type=float, default=900, help="seconds for a row")
     recorded.add_argument("output", type=Path)
     args = parser.parse_args()
