@@ -823,7 +823,7 @@ def record(args) -> None:
                "text": newest["text"],
                "code": {"training" if trains(row) else "encoding": row["code"] for row in rows if "code" in row},
                "versions": {row["name"]: row["version"] for row in rows}, "ties": TIES, "write_up": WRITE_UP,
-               "rows": of("train", "encode", "array", "batch", "decode", "short"), "ratios": ratios(table), "line": lines(table),
+               "rows": of(*TASKS[:6]), "ratios": ratios(table), "line": lines(table),
                "cold": of("cold"), "replay": of("replay"), "check": of("check")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write(args.output, (json.dumps(rounded(content), indent=1) + "\n").encode())

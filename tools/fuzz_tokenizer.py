@@ -265,10 +265,13 @@ def differ(fast, clear) -> str | None:
     return f"{str(fast)[:200]} for {str(clear)[:200]}"
 
 
+LEAST_SIZES = "MIN_COMPILED_BYTES", "MIN_COMPILED_WORD_BYTES", "LOAD_CHARS", "FAST_CHARS", "FAST_IDS", "LARGE_PIECE"
+
+
 def always_compiled(*modules) -> None:
     "Let compiled code serve texts of any size."
     for module in modules:
-        for name in ("MIN_COMPILED_BYTES", "MIN_COMPILED_WORD_BYTES", "LOAD_CHARS", "FAST_CHARS", "FAST_IDS", "LARGE_PIECE"):
+        for name in LEAST_SIZES:
             if hasattr(module, name): setattr(module, name, 1 if name == "LARGE_PIECE" else 0)
 
 
