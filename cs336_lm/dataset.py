@@ -208,7 +208,8 @@ def encode_blocks(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype, nu
     "The ids of the file, block by block in order; raises the first error of the text."
     early, wanted = {}, 0  # results that came before their turn; whose turn it is
     work = in_order(lambda _: encode_block(encoder, reader, dtype), repeat(None), num_threads)
-    with tqdm(total=reader.end - reader.at, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar, closing(work):
+    todo = reader.end - reader.at
+    with tqdm(total=todo, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar, closing(work):
         while True:
             while wanted not in early:
                 number, *result = next(work)

@@ -1023,8 +1023,8 @@ def encode_laid_out(shared, own, size, out):
     if pieces < 0: return pieces
     masks, states = part_of(shared, 12, np.uint64).reshape(17, 3), part_of(own, 2, np.int64).reshape(4, 64, 2)
     batch, cache = part_of(own, 3, np.uint64).reshape(AHEAD, 3), part_of(own, 4, np.uint64).reshape(-1, 4)
-    return encode_pieces(text, words, starts, pieces, scan, tables, masks, states, batch, part_of(own, 6, np.int64), cache,
-                         out)
+    missing = part_of(own, 6, np.int64)
+    return encode_pieces(text, words, starts, pieces, scan, tables, masks, states, batch, missing, cache, out)
 
 
 @compiled
@@ -1185,7 +1185,7 @@ def token_table(vocab: Mapping[int, bytes]) -> TokenTable:
 # %% ../nbs/05_tokenizer.ipynb #ec30d81f
 @compiled
 def decode_some(ids, place, heads, widths, begins, rest, out, room):
-    "Write tokens from ids[place] on until `out` has less than `room` bytes left: the next place (~: it is bad), the bytes."
+    "Write tokens from ids[place] on until `out` has less than `room` bytes left: the next place (~: a bad one), the bytes."
     n, last, known = 0, len(out) - room, np.uint64(len(widths))
     while place < len(ids) and n <= last:
         id = np.uint64(ids[place])

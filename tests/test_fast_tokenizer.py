@@ -1,10 +1,13 @@
 """Chapters 5 and 6, fast versions: equal to the clear ones on any text, lazy, bounded, safe when things go wrong."""
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
 import tracemalloc
 import warnings
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +107,24 @@ def test_ids_out_of_range(tokenizer, bad):
         with pytest.raises(ValueError, match=f"Id {bad} "): tokenizer.decode(np.array(good + [bad]))
 
 
+LONG_TOKENS = {256 + n: bytes(range(65, 65 + width)) * 3 for n, width in enumerate((5, 6, 16, 40))}  # 15 to 120 bytes
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.one_of(st.sampled_from([*LONG_TOKENS, 65, 66]), st.integers(0, 259)), max_size=60), st.integers(1, 200))
+def test_decoding_tokens_longer_than_sixteen_bytes(ids, block):
+    vocab = {id: bytes([id]) for id in range(256)} | LONG_TOKENS
+    table = chapter.token_table(vocab)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapter, "DECODE_BLOCK", block)
+        assert chapter.decode_array(table, np.array(ids, np.uint16)).getvalue() == b"".join(vocab[id] for id in ids)
+
+
+def test_text_of_malformed_bytes_is_the_clear_versions():
+    ids = [0xE2, 0x82, 65, 0xFF] * 100
+    assert plain.decode(ids) == plain.decode(np.array(ids)) == ByteLevelBPE.decode(plain, ids)
+
+
 def test_an_id_in_a_gap_and_an_empty_token():
     gap = next(id for id in range(10**5) if id not in LARGE_IDS)
     with pytest.raises(ValueError, match=f"Id {gap} "): large.decode([next(iter(LARGE_IDS))] * 60 + [gap])
@@ -111,6 +132,38 @@ def test_an_id_in_a_gap_and_an_empty_token():
     assert empty.decode([65, len(VOCAB), 66] * 40) == "AB" * 40
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.tuples(*[st.integers(0, chapter.NO_ID - 1)] * 2), st.integers(0, chapter.NO_RANK - 1), max_size=300),
+       st.lists(st.tuples(*[st.integers(0, 9)] * 2), max_size=20))
+def test_every_pair_has_its_rank_and_no_other_has_one(ranks, others):
+    pairs, shifts = chapter.pair_table(ranks)
+    for (left, right), rank in ranks.items(): assert chapter.find_rank(pairs, shifts, left, right) == rank
+    for pair in others: assert chapter.find_rank(pairs, shifts, *pair) == ranks.get(pair, chapter.NO_RANK)
+    for left, right in ranks: assert chapter.find_rank(pairs, shifts, chapter.NO_ID, right) == chapter.NO_RANK
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**64 - 1), st.integers(1, 2**64 - 1), st.integers(0, 3))
+def test_vector_code_does_what_its_twins_do(low, high, place):
+    def stored(put_ids, copy_16, highest_bit):
+        narrow, wide, text = np.zeros(12, np.uint16), np.zeros(8, np.uint32), np.arange(48, dtype=np.uint8)
+        for out in (narrow, wide): put_ids(out, place, np.uint64(low), np.uint64(high))
+        copy_16(text, 2 * place, text, 31 - place)  # far apart, as in use
+        return narrow.tolist(), wide.tolist(), text.tolist(), highest_bit(np.uint64(high))
+
+    assert stored(*COMPILED) == stored(*chapter.STORE_TWINS.values())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_stores(loaded):
+    "Callable from Python what only compiled code may call."
+    import numba
+    put_ids, copy_16, highest_bit = chapter.put_ids, chapter.copy_16, chapter.highest_bit
+    COMPILED.extend([numba.njit(lambda out, n, low, high: put_ids(out, n, low, high)),
+                     numba.njit(lambda a, i, b, k: copy_16(a, i, b, k)), numba.njit(lambda mask: highest_bit(mask))])
+
+
+COMPILED = []
 STATE = np.full((64, 2), chapter.NO_OFFER, np.int64)
 
 
@@ -213,6 +266,28 @@ def test_uncompiled_it_is_the_same_program():
     encoder = FastEncoder(tokenizer)
     for _ in range(2): assert encoder.encode(text) == ByteLevelBPE.encode(tokenizer, text)
     assert decode_array(tokenizer._token_table, id_array(tokenizer.encode(text))).getvalue().decode() == text
+    assert "numba" not in sys.modules
+    """)
+
+
+@pytest.mark.parametrize("gap", [0, 70_000], ids=["16 bits", "32 bits"])
+def test_plain_twins_stay_inside_their_arrays(gap):
+    "Blocks of few bytes, each filled to its end: in plain Python a load or a store too far is an IndexError."
+    python(START + f"    gap = {gap}" + """
+    import random, warnings
+    from cs336_lm import tokenizer as chapter
+    warnings.simplefilter("ignore")  # numbers that wrap round
+    chapter.BLOCK_BYTES, chapter.CACHE_ROWS, chapter.DECODE_BLOCK = 24, 8, 8
+    merges = [(b"a", b"b"), (b"ab", b"ab"), (b" ", b"ab")]
+    tokens = [*(bytes([id]) for id in range(256)), *(a + b for a, b in merges)]
+    tokenizer = Tokenizer({gap + id: token for id, token in enumerate(tokens)}, merges, ["<e>"])
+    encoder, rng = chapter.FastEncoder(tokenizer), random.Random(0)
+    for size in [*range(1, 30)] * 3:
+        text = "".join(rng.choices(["a", "b", " ", "ab", "1", "!", "é", "x" * 15, "y" * 17, "<e>"], k=size))[:size]
+        ids = [id for array in encoder.arrays(text) for id in array.tolist()]
+        assert ids == ByteLevelBPE.encode(tokenizer, text)
+        table = chapter.token_table({id: token * 9 for id, token in tokenizer.vocab.items()})
+        assert chapter.decode_array(table, chapter.id_array(ids)).getvalue() == b"".join(tokenizer.vocab[id] * 9 for id in ids)
     assert "numba" not in sys.modules
     """)
 
@@ -390,6 +465,100 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert (tmp_path / "a.txt").stat().st_size > 10e6
     whole = open_tokens(tmp_path / "a.npy", tokenizer.sha256)
     assert np.array_equal(whole, np.tile(clear(plain, SAMPLE * 150 + END), 120))
+
+
+def test_arrays_of_ids():
+    for tokenizer, dtype in ((plain, np.uint16), (large, np.uint32)):
+        for text in ("", "a", SAMPLE):
+            ids = tokenizer.encode_array(text)
+            assert ids.dtype == dtype and ids.tolist() == clear(tokenizer, text) == tokenizer.encode_array(text.encode()).tolist()
+    with pytest.raises(UnicodeDecodeError): plain.encode_array(b"good \xff")
+
+
+def test_ids_and_ranks_at_the_limits():
+    for top in (chapter.NO_ID - 1, chapter.NO_ID):
+        tokenizer = Tokenizer({id: bytes([id]) for id in range(256)} | {top: b"ab"}, [(b"a", b"b")], ["<x>"][:top < chapter.NO_ID - 1])
+        assert (tokenizer.fast is None) == (top == chapter.NO_ID)
+        assert tokenizer.encode("ab" * 50 + "ba") == [top] * 50 + [98, 97]
+
+
+def test_a_tokenizer_travels_without_its_caches():
+    assert plain.fast and plain.decode(plain.encode(SAMPLE)) == SAMPLE
+    packed = pickle.dumps(plain)
+    other = pickle.loads(packed)
+    assert other.sha256 == plain.sha256 and other.trained_on == plain.trained_on and "fast" not in vars(other)
+    assert other.encode(SAMPLE) == clear(plain, SAMPLE) and len(packed) < 100_000
+
+
+# ---- executors
+
+@pytest.fixture(scope="module")
+def processes():
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool: yield pool
+
+
+@pytest.fixture(scope="module")
+def dask():
+    distributed = pytest.importorskip("distributed", reason="Dask's distributed is not installed (extra: dask)")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client: yield client.get_executor()
+
+
+@pytest.mark.parametrize("name", ["processes", "dask"])
+@pytest.mark.parametrize("tokenizer", [plain, large], ids=["plain", "large"])
+def test_any_executor_gives_the_same_file(name, tokenizer, request, tmp_path, monkeypatch):
+    monkeypatch.setattr(chapter, "FAST_CHARS", 0)
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 3_000)
+    monkeypatch.setattr(dataset, "SHARDS_AHEAD", 3)
+    (tmp_path / "a.txt").write_bytes(TALES.encode())
+    about = encode_file(tokenizer, tmp_path / "a.txt", tmp_path / "a.npy", executor=request.getfixturevalue(name))
+    alone = encode_file(tokenizer, tmp_path / "a.txt", tmp_path / "b.npy", num_threads=1)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes() and about.corpus == alone.corpus
+    assert open_tokens(tmp_path / "a.npy", tokenizer.sha256).tolist() == clear(tokenizer, TALES)
+
+
+class Immediate:
+    "An executor that works at once, in this process, and remembers what it was asked."
+
+    def __init__(self): self.futures = []
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try: future.set_result(function(*arguments))
+        except Exception as error: future.set_exception(error)
+        self.futures.append(future)
+        return future
+
+
+def test_an_executor_tells_faults(tmp_path, monkeypatch):
+    monkeypatch.setattr(chapter, "FAST_CHARS", 0)
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 3_000)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good words " * 1_000 + b"\xff" + b" more words" * 1_000 + b"\xfe")
+    with pytest.raises(ValueError, match="a.txt is not UTF-8: .* at byte 11,000;"):
+        encode_file(plain, path, tmp_path / "a.npy", executor=Immediate())
+    path.write_bytes(TALES.encode())
+    describe = dataset.describe_file
+
+    def then_shrink(*arguments):
+        about = describe(*arguments)
+        os.truncate(path, 9_000)
+        return about
+
+    monkeypatch.setattr(dataset, "describe_file", then_shrink)
+    with pytest.raises(OSError, match="changed while it was read"):
+        encode_file(plain, path, tmp_path / "a.npy", executor=Immediate())
+    assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_executor_is_not_asked_too_far_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 1_000)
+    monkeypatch.setattr(dataset, "SHARDS_AHEAD", 4)
+    (tmp_path / "a.txt").write_bytes(TALES.encode())
+    executor, asked = Immediate(), []
+    for ids in dataset.encode_shards(plain, executor, str(tmp_path / "a.txt"), len(TALES.encode()), np.dtype("u2"), False):
+        asked.append(len(executor.futures))
+    assert asked[:3] == [4, 5, 6] and len(asked) == len(executor.futures) > 10
 
 
 def test_no_pretoken_of_the_sample_is_lost():

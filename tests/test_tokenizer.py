@@ -1,5 +1,6 @@
 """Chapter 5: encoding, streams and files; against `tiktoken`, `tokenizers`, `transformers`; by faults."""
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -205,7 +206,10 @@ def run_with_little_memory(folder, text, how):
     plain.save(folder / "tokenizer")
     (folder / "text.txt").write_text(text, encoding="utf-8")
     arguments = [sys.executable, "-c", textwrap.dedent(MEMORY_PROGRAM), folder / "tokenizer", folder / "text.txt", how]
-    return subprocess.run(arguments, capture_output=True, text=True)
+    nothing_compiled = os.environ | {"NUMBA_CACHE_DIR": str(folder / "no compiled code")}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=nothing_compiled)
+    assert not (folder / "no compiled code").exists(), "something was compiled"
+    return done
 
 
 def random_lines(pool, rng):
