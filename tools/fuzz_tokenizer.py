@@ -27,7 +27,7 @@ MUTATIONS = {
                "kinds_part_at(text, cut, size, tables): return cut - 1"),
     "tie": ("bpe", "return order > 0", "return order < 0"),
     "surrogate": ("pretokenization", "if code < least or 0xD800 <= code < 0xE000 or", "if code < least or"),
-    "rank": ("tokenizer", "for k in range(16, width + 1): best", "for k in range(16, width): best"),
+    "rank": ("tokenizer", "for k in range(16, width + 1): best", "for k in range(17, width + 1): best"),
     "cache": ("tokenizer", "return cache[row, 0] ^ low | (cache[row, 1] ^ high) << np.uint64(4) == np.uint64(0)",
               "return cache[row, 0] == low"),
     "decode": ("tokenizer", "if id >= known: return ~place, n", "if id > known: return ~place, n"),
@@ -135,6 +135,21 @@ class Checks:
         self.bpe, self.dataset, self.pre, self.tok = bpe, dataset, pretokenization, tokenizer
         self.tokenizers, self.made, self.pool = [], 0, ThreadPoolExecutor(2)
         always_compiled(self.pre, self.bpe, self.tok)
+        self.pre.compiled_ready()
+
+    def scan(self, case: Case):
+        "The scanners' pieces: 64 bytes at a time, and step by step."
+        import numpy as np
+        data, tables = case.text.encode(), self.pre.scan_tables(tuple(case.specials))
+        text, clear = np.frombuffer(data + b"'ll" + bytes(77), np.uint8), []
+        for part, is_special in self.pre.split_special(case.text, case.specials):
+            clear += [(part, True)] if is_special else [(piece, False) for piece in self.pre.pretokenize(part)]
+        for scanner, kind in ((self.pre.find_starts, np.int32), (self.pre.find_pieces, np.int64)):
+            starts = np.zeros(len(data) + 66, kind)
+            found = starts[:scanner(text, len(data), tables, starts) + 1].tolist()
+            places = [start if start >= 0 else ~start for start in found]
+            pieces = [(data[a:b].decode(), start < 0) for start, a, b in zip(found, places, places[1:])]
+            if differs := differ(pieces, clear): return f"{scanner.__name__}: {differs}"
 
     def count(self, case: Case):
         case.path.write_bytes(case.text.encode())
@@ -248,6 +263,9 @@ class Checks:
 def any_merges(rng: random.Random, tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
     "Merges of any two tokens that there are by then."
     merges, made = [], {bytes([b]) for b in range(256)}
+    if rng.random() < 0.3:  # tokens of up to 64 bytes
+        merges = [(b"a" * n, b"a" * n) for n in (1, 2, 4, 8, 16, 32)]
+        made |= {left + right for left, right in merges}
     for _ in range(rng.randint(1, 40)):
         left, right = rng.choice(tokens), rng.choice(tokens)
         if {left, right} <= made and len(left + right) < 30 and (left, right) not in merges:
@@ -275,7 +293,7 @@ def always_compiled(*modules) -> None:
             if hasattr(module, name): setattr(module, name, 1 if name == "LARGE_PIECE" else 0)
 
 
-NAMES = ("count", "shards", "train", "encode", "stream", "decode", "file", "not_utf8")
+NAMES = ("scan", "count", "shards", "train", "encode", "stream", "decode", "file", "not_utf8")
 
 
 def failure(checks: Checks, name: str, case: Case) -> str | None:
