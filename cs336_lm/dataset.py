@@ -227,6 +227,7 @@ def encode_in_threads(encoder: FastEncoder, num_threads: int, input_path: str | 
                       progress: bool) -> tuple[dict, int]:
     "What `encode_clear` does, by compiled code. `OSError` if the file changes its size meanwhile."
     reader = BlockReader(input_path)
+    encoder.share(num_threads)
     with closing(reader.file):
         tokens = write_npy(output_path, dtype, encode_blocks(encoder, reader, dtype, num_threads, progress))
     reader.counter.end(reader.counter.held)

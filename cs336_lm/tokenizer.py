@@ -380,6 +380,7 @@ class Tokenizer(ByteLevelBPE):
         texts, threads = list(texts), thread_count(num_threads)
         fast = self.fast if pays(sum(map(len, texts))) else None
         if fast is None: return [super(Tokenizer, self).encode(text) for text in texts]
+        fast.share(threads)
         groups = in_order(lambda group: list(map(fast.encode, group)), text_groups(texts), threads)
         return [ids for group in groups for ids in group]
 
@@ -823,7 +824,7 @@ def merge_long(text, begin, width, tables):
     return parts, gather(parts, right, width)
 
 # %% ../nbs/05_tokenizer.ipynb #785eaecc
-CACHE_ROWS = 1 << 19  # 16 MB a thread
+CACHE_ROWS = 1 << 20  # 32 MB a thread
 KEY_MASKS = np.zeros((17, 3), np.uint64)  # for each width: the bits of the low, of the high key number; the width
 for _width in range(16):
     KEY_MASKS[_width] = (1 << 8 * min(_width, 8)) - 1, (1 << 8 * max(_width - 8, 0)) - 1, _width << 56
@@ -946,8 +947,11 @@ def find_special(text, begin, width, scan, special_ids):
 
 # %% ../nbs/05_tokenizer.ipynb #fd2f782c
 @compiled
-def encode_rare(text, begin, end, scan, tables, state, out, n):
-    "Write the ids of a piece that the cache does not hold; their number."
+def encode_rare(text, begin, end, scan, tables, state, cache, row, low, high, out, n):
+    "Write the ids of a piece that its row does not hold; their number."
+    if same_word(cache, row ^ 1, low, high):
+        put_ids(out, n, cache[row ^ 1, 2], cache[row ^ 1, 3])
+        return np.int64(cache[row ^ 1, 1] >> np.uint64(60))
     if end < 0: end = ~end
     if begin < 0:
         out[n] = find_special(text, ~begin, end - ~begin, scan, tables.special_ids)
@@ -983,7 +987,7 @@ def encode_pieces(text, words, starts, pieces, scan, tables, masks, states, batc
                 put_ids(out, n, ids, more)
                 n += np.int64(head >> np.uint64(60))
             else: n += encode_rare(text, np.int64(starts[first + k]), np.int64(starts[first + k + one]), scan, tables,
-                                   states[0], out, n)
+                                   states[0], cache, np.int64(row), low, high, out, n)
         first += count
     return n
 
@@ -1045,8 +1049,8 @@ BLOCK_BYTES = 1 << 18  # what stays in a processor core's own cache, with starts
 class Bench:
     "One thread's buffers and word cache."
 
-    def __init__(self, scan: tuple[np.ndarray, ...], shared: np.ndarray, dtype: np.dtype):
-        self.scan, self.shared, self.dtype = scan, shared, dtype
+    def __init__(self, scan: tuple[np.ndarray, ...], shared: np.ndarray, dtype: np.dtype, rows: int):
+        self.scan, self.shared, self.dtype, self.rows = scan, shared, dtype, rows
         self.encode = encode_16 if dtype.itemsize == 2 else encode_32
         self.make_room(BLOCK_BYTES)
 
@@ -1054,7 +1058,7 @@ class Bench:
         "Room for a text of `size` bytes; what was there, and the word cache, is lost."
         self.size, self.room = size, None  # the old buffers go before the new ones come
         self.room = lay_out([(size // 8 + 9, np.uint64), (size + 66, np.int32), np.full(512, NO_OFFER, np.int64),
-                             (3 * AHEAD, np.uint64), (4 * CACHE_ROWS, np.uint64), (size + 8, self.dtype),
+                             (3 * AHEAD, np.uint64), (4 * self.rows, np.uint64), (size + 8, self.dtype),
                              (AHEAD + 1, np.int64)])
         view = getattr(part_of, "py_func", part_of)  # also where it is compiled, Python makes its own views
         self.text, self.starts = view(self.room, 0, np.uint64).view(np.uint8), view(self.room, 1, np.int32)
@@ -1094,16 +1098,21 @@ class FastEncoder:
         self.scan, self.tables = pretokenization.scan_tables(tuple(tokenizer.special_tokens)), merge_tables(tokenizer)
         self.shared = lay_out([*self.scan, *self.tables, KEY_MASKS])
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        self.free: list[Bench] = []
+        self.rows, self.free = CACHE_ROWS, []  # rows of a word cache; benches that nobody uses
+
+    def share(self, num_threads: int) -> None:
+        "Give so many threads word caches that together have no more rows than four of full size."
+        rows = CACHE_ROWS >> ((num_threads - 1) // 4).bit_length()
+        if rows != self.rows: self.rows, self.free = rows, []
 
     def take(self) -> Bench:
         "A bench that nobody else has; give it back by `put`, unless there was an error."
         try: return self.free.pop()  # one step, so that two threads never get the same
-        except IndexError: return Bench(self.scan, self.shared, self.dtype)
+        except IndexError: return Bench(self.scan, self.shared, self.dtype, self.rows)
 
     def put(self, bench: Bench) -> None:
         "Take a bench back; one that had to grow is given up."
-        if bench.size == BLOCK_BYTES: self.free.append(bench)
+        if (bench.size, bench.rows) == (BLOCK_BYTES, self.rows): self.free.append(bench)
 
     def arrays(self, text: str | bytes) -> Iterator[np.ndarray]:
         "The ids of a text (bytes: UTF-8) as arrays, each valid until the next."
@@ -1113,7 +1122,13 @@ class FastEncoder:
 
     def whole(self, text: str | bytes) -> np.ndarray:
         "The ids of a text as one array."
-        return np.concatenate([np.empty(0, self.dtype), *(array.copy() for array in self.arrays(text))])
+        data, size = text if isinstance(text, bytes) else encode_utf8(text), 0
+        ids = np.empty(len(data), self.dtype)  # the system gives only the pages that are written
+        for array in self.arrays(data):
+            ids[size:size + len(array)] = array
+            size += len(array)
+        ids.resize(size, refcheck=False)
+        return ids
 
     def encode(self, text: str) -> list[int]:
         "The ids of a text."

@@ -197,9 +197,7 @@ def test_a_word_of_a_megabyte():
 
 def test_many_words_in_a_small_cache():
     encoder = FastEncoder(plain)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chapter, "CACHE_ROWS", 2)
-        encoder.put(encoder.take())
+    encoder.rows = 2
     rng = np.random.default_rng(1)
     words = ["".join(rng.choice(list("abcdeé日"), size=size)) for size in rng.integers(1, 60, size=300)]
     text = " ".join(rng.choice(words, size=5_000))
