@@ -22,7 +22,7 @@ that is not installed is left out.
 - check: all of the text by ours against tiktoken and against the clear versions.
 
 Import and compilation are left out of all rows but `cold`: ours has trained on 5 MB, or encoded one word many times
-with the same tokenizer and other text with another one, before. `anonymous` is the most private memory (RssAnon) that
+with the same tokenizer and 2 MB with another one, before. `anonymous` is the most private memory (RssAnon) that
 a process had in its timed part, looked at 50 times a second; VmHWM, which counts mapped files, stands beside it.
 `others` is how many processors other processes, or the machine's host, used meanwhile: above 0.25 a row is tried up to
 three times, and the quietest try counts.
@@ -162,11 +162,12 @@ def peer_tokenizer(name: str, folder: Path):
     return gigatoken.Tokenizer(str(folder / "tokenizer.json"))
 
 
-def ready_ours(folder: Path, warm: Path):
-    "Ours with all code loaded and a word cache that knows one word."
-    from cs336_lm.tokenizer import Tokenizer
+def ready_ours(folder: Path):
+    "Ours with all code loaded and a word cache that knows one word. Little is encoded, as memory is measured after it."
+    from cs336_lm.tokenizer import Tokenizer, load_encoder
+    if not load_encoder(): raise SystemExit("ours needs numba: pip install numba")
     other, tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], [SPECIAL]), load_ours(folder)
-    for encoder, text in ((other, warm.read_text(encoding="utf-8")), (tokenizer, " the" * 300_000)):
+    for encoder, text in ((other, "Some words, wasn't it? Größe, 日本語. " * 100), (tokenizer, " the" * 1000)):
         encoder.decode_bytes(np.array(encoder.encode(text), np.uint32))
         encoder.encode_batch([text, text])
     return tokenizer
@@ -174,7 +175,7 @@ def ready_ours(folder: Path, warm: Path):
 
 def any_tokenizer(name: str, files: dict):
     folder = Path(files["tokenizer"])
-    return ready_ours(folder, Path(files["warm"])) if name == "ours" else peer_tokenizer(name, folder)
+    return ready_ours(folder) if name == "ours" else peer_tokenizer(name, folder)
 
 
 def groups(path: Path, size: int = 2000) -> Iterator[list[str]]:
@@ -184,12 +185,11 @@ def groups(path: Path, size: int = 2000) -> Iterator[list[str]]:
 
 def prepare_encoder(name: str, threads: int, files: dict) -> Callable:
     "A function of (path, output): write the token file; the time when the ids were in memory, or None."
-    folder, warm = Path(files["tokenizer"]), Path(files["warm"])
+    folder = Path(files["tokenizer"])
     if name == "ours":
         from cs336_lm.dataset import encode_file
-        tokenizer = ready_ours(folder, warm)
-        encode_file(tokenizer, warm, Path(files["output"] + ".warm.npy"), num_threads=threads)
-        tokenizer = ready_ours(folder, warm)  # a new one: that one's cache is warm
+        encode_file(ready_ours(folder), Path(files["warm"]), Path(files["output"] + ".warm.npy"), num_threads=threads)
+        tokenizer = ready_ours(folder)  # a new one: that one's cache is warm
         return lambda path, output: encode_file(tokenizer, path, output, num_threads=threads) and None
     tokenizer = peer_tokenizer(name, folder)
     batch = batch_function(name, tokenizer, threads)
