@@ -33,11 +33,11 @@ __all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_
            'join_tokens', 'text_parts', 'new_cache', 'remember', 'encode_utf8', 'look_up', 'ByteLevelBPE',
            'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'byte_to_unicode', 'token_to_text',
            'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays', 'last_cut', 'Tokenizer', 'save_tokenizer',
-           'read_specials', 'load_tokenizer', 'put_ids', 'copy_16', 'highest_bit', 'store_code', 'pair_row',
+           'read_specials', 'load_tokenizer', 'put_ids', 'copy_16', 'highest_bit', 'part_of', 'store_code', 'pair_row',
            'pair_group', 'find_rank', 'place_group', 'place_pairs', 'pair_table', 'pair_group_of', 'MergeTables',
            'merge_tables', 'start_word', 'least_offer', 'merge_step', 'merge_short', 'heap_push', 'heap_pop', 'gather',
            'push_pair', 'merge_long', 'keep_word', 'same_word', 'ask_for_rows', 'list_missing', 'list_new',
-           'start_lane', 'keep_lane', 'merge_new', 'find_special', 'encode_rare', 'encode_pieces', 'lay_out', 'part_of',
+           'start_lane', 'keep_lane', 'merge_new', 'find_special', 'encode_rare', 'encode_pieces', 'lay_out',
            'encode_laid_out', 'encode_16', 'encode_32', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder',
            'telling', 'load_encoder', 'warm_up', 'make_fast', 'TokenTable', 'token_table', 'decode_some',
            'decode_array', 'id_array', 'in_order', 'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView',
@@ -547,13 +547,19 @@ def highest_bit(mask):
         if mask >> np.uint64(k) & np.uint64(1): place = k
     return place
 
+
+def part_of(room, k, dtype):
+    "Part number k of what `lay_out` (further below) made, flat."
+    return room[np.int64(room[2 * k]):].view(dtype)[:np.int64(room[2 * k + 1])]
+
 # %% ../nbs/05_tokenizer.ipynb #84b4c410
 @lru_cache(maxsize=1)
 def store_code() -> dict[str, Callable]:
-    "VECTOR INTRINSICS: LLVM code for the three functions above, by name. Loads and stores are not checked for bounds."
+    "VECTOR INTRINSICS: LLVM code for the four functions above, by name. Loads and stores are not checked for bounds."
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
+    from numba.np.arrayobj import populate_array
     bit, byte, int64 = (ir.IntType(n) for n in (1, 8, 64))
     sixteen = ir.VectorType(byte, 16)
 
@@ -583,10 +589,25 @@ def store_code() -> dict[str, Callable]:
         def write(context, builder, signature, args): return builder.sub(int64(63), builder.ctlz(args[0], bit(1)))
         return types.intp(types.uint64), write
 
-    return {f.__name__: f for f in (put_ids, copy_16, highest_bit)}
+    @intrinsic
+    def part_of(typing, room, k, dtype):
+        kind = types.Array(dtype.instance_type, 1, "C")
+
+        def write(context, builder, signature, args):
+            part, width = context.make_array(kind)(context, builder), dtype.instance_type.bitwidth // 8
+            first = builder.mul(args[1], int64(16))
+            start = builder.load(place(context, builder, room, args[0], first, int64))
+            count = builder.load(place(context, builder, room, args[0], builder.add(first, int64(8)), int64))
+            data = place(context, builder, room, args[0], builder.mul(start, int64(8)), part.data.type.pointee)
+            # It owns nothing, so no references are counted; whoever holds `room` keeps it alive.
+            populate_array(part, data=data, shape=[count], strides=[int64(width)], itemsize=width, meminfo=None)
+            return part._getvalue()
+        return kind(room, types.intp, dtype), write
+
+    return {f.__name__: f for f in (put_ids, copy_16, highest_bit, part_of)}
 
 # %% ../nbs/05_tokenizer.ipynb #391a8d60
-STORE_TWINS = {f.__name__: f for f in (put_ids, copy_16, highest_bit)}
+STORE_TWINS = {f.__name__: f for f in (put_ids, copy_16, highest_bit, part_of)}
 
 
 def _try_stores(narrow, wide, text):
@@ -594,7 +615,8 @@ def _try_stores(narrow, wide, text):
     put_ids(narrow, 1, low, high)
     put_ids(wide, 1, low, high)
     copy_16(text, 3, text, 24)
-    return highest_bit(low)
+    part = part_of(np.array([2, 3, 1 << 20, 7], np.uint64), 0, np.int32)
+    return highest_bit(low), len(part), part.sum()
 
 
 def _stores_tried(function: Callable) -> list:
@@ -1007,12 +1029,6 @@ def lay_out(parts: Sequence[np.ndarray | tuple[int, type]]) -> np.ndarray:
         start += size
     return room
 
-
-@compiled
-def part_of(room, k, dtype):
-    "Part number k of what `lay_out` made, flat."
-    return room[np.int64(room[2 * k]):].view(dtype)[:np.int64(room[2 * k + 1])]
-
 # %% ../nbs/05_tokenizer.ipynb #830ded69
 @compiled
 def encode_laid_out(shared, own, size, out):
@@ -1060,9 +1076,10 @@ class Bench:
         self.room = lay_out([(size // 8 + 9, np.uint64), (size + 66, np.int32), np.full(512, NO_OFFER, np.int64),
                              (3 * AHEAD, np.uint64), (4 * self.rows, np.uint64), (size + 8, self.dtype),
                              (AHEAD + 1, np.int64)])
-        view = getattr(part_of, "py_func", part_of)  # also where it is compiled, Python makes its own views
+        view = STORE_TWINS["part_of"]  # Python makes its own views, also where that is compiled
         self.text, self.starts = view(self.room, 0, np.uint64).view(np.uint8), view(self.room, 1, np.int32)
         self.out = view(self.room, 5, self.dtype)
+        self.room[::512] = self.room[::512]  # every page is touched once, here and not word by word
         self.bytes, self.short_ids = memoryview(self.text), memoryview(self.out)
 
     def ids(self, size: int) -> np.ndarray:
