@@ -255,6 +255,12 @@ def test_short_calls_do_not_import_numba(tmp_path):
     """, tmp_path)
 
 
+def test_a_short_text_never_compiles_for_wide_ids():
+    wide = Tokenizer(LARGE_IDS, MERGES)
+    assert wide.encode("the fox") == clear(wide, "the fox") and "fast" not in vars(wide)
+    assert wide.fast and wide.encode("the fox") == clear(wide, "the fox") and wide.encode("") == [] == plain.encode("")
+
+
 def test_without_numba_the_clear_version_serves(tmp_path):
     (tmp_path / "a.txt").write_text("long " * 250_000)
     out = python(START.replace("import sys\n", "import sys\n    sys.modules['numba'] = None\n", 1) + """
