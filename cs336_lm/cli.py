@@ -518,10 +518,11 @@ def experiment_list(grid: Positional[Optional[str]] = None) -> None:
     """
     from cs336_lm.grids import GRIDS
     if grid is not None: return print(*(cell.name for cell in _cells([grid])), sep="\n")
-    for name, g in GRIDS.items(): print(f"{name:14s} {len(g.runs):3d} runs  {g.about}")
+    for name, g in GRIDS.items(): print(f"{name:15s} {len(g.runs):3d} runs  {g.about}")
 
 
-@command("experiment status", "How many runs of each grid are recorded, and how they ended.", "  cs336 experiment status")
+@command("experiment status", "How many runs of each grid are recorded, and how they ended.",
+         "  cs336 experiment status")
 def experiment_status(data: DataChoice = "web", figures: Path = Path("figures")) -> None:
     """Status.
 
@@ -533,7 +534,8 @@ def experiment_status(data: DataChoice = "web", figures: Path = Path("figures"))
     logs = {g.cell.name: g for g in grid_logs(figures / _CORPORA[data][1])}
     for name, grid in GRIDS.items():
         found = [logs[run] for run in grid.runs if run in logs]
-        print(f"{name:14s} {len(found):3d} of {len(grid.runs)} recorded, {sum(g.diverged for g in found)} of them diverged")
+        diverged = sum(g.diverged for g in found)
+        print(f"{name:15s} {len(found):3d} of {len(grid.runs)} recorded, {diverged} of them diverged")
 
 # %% ../nbs/19_command_line.ipynb #b6ee00e9
 @command("experiment run", "Train runs or grids of the catalogue and record them; what is recorded is skipped.",
@@ -557,7 +559,8 @@ def experiment_run(names: RunsOrGrids, data: DataChoice = "web", device: str = "
     (corpus, place), parts = _CORPORA[data], TrainParts()
     others = [name for name in names if name in RUNS and parse_name(name) is None]  # of chapter 13
     cells = _cells([name for name in names if name not in others])
-    for name in others: run_experiment(name, runs_dir=runs_dir, records=figures / "runs", device=device, progress=_progress())
+    for name in others:
+        run_experiment(name, runs_dir=runs_dir, records=figures / "runs", device=device, progress=_progress())
     todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
     print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
     prepared = cache(lambda vocab_size: prepare_cells(corpus, vocab_size, progress=_progress()))

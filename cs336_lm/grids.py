@@ -95,8 +95,10 @@ VARIANTS |= {
                                          {"context_length": 512, "position": position}, {"batch_size": 32}, 32_000)
        for kind, position, about in (("rope", "rope", "RoPE"), ("nope", "none", "no position information"))},
     "web32k": Variant("the handout's model with 32,000 entries", vocab_size=32_000),
-    "writeup": Variant("the original write-up's leaderboard model", {k: getattr(PRESETS["writeup-openwebtext"], k) for k in
-                       ("context_length", "d_ff", "num_layers", "tied_embeddings")}, {"batch_size": 64}, 32_000),
+    "writeup": Variant("the original write-up's leaderboard model",
+                       {k: getattr(PRESETS["writeup-openwebtext"], k)
+                        for k in ("context_length", "d_ff", "num_layers", "tied_embeddings")},
+                       {"batch_size": 64}, 32_000),
 }
 
 # %% ../nbs/14_learning_rate.ipynb #54920caf
@@ -188,9 +190,11 @@ GRIDS: dict[str, Grid] = {
     "batch_of_one": Grid("a row a step", ("batch1",), (3e-4, 1e-3), (0,), 0),
     "free_choices": Grid("one change each around the best cell", tuple(v for v in VARIANTS if re.match(
         "vocab|context|warmup|beta2|decay", v)), (3e-3,), (0, 1, 2), 0),
-    "embeddings": Grid("tied and untied embeddings by their first size", ("untied-std0.02", "tied-std1", "tied-std0.02"),
+    "embeddings": Grid("tied and untied embeddings by their first size",
+                       ("untied-std0.02", "tied-std1", "tied-std0.02"),
                        (3e-3, 1e-2), (0, 1, 2), 0),
-    "long_context": Grid("RoPE and NoPE at 512 tokens and 32,000 entries", ("rope-context512-32k", "nope-context512-32k"),
+    "long_context": Grid("RoPE and NoPE at 512 tokens and 32,000 entries",
+                         ("rope-context512-32k", "nope-context512-32k"),
                          (1e-3, 3e-3, 1e-2)),
     "full": Grid("best and worst cells of the ablations at the full budget", ABLATED, (3e-3,), (0,), 0, budget="full"),
     "main_experiment": Grid("the same model and steps with 32,000 entries", ("web32k",), (3e-3,), (0,), 0,
@@ -235,7 +239,7 @@ def source_of(text: str) -> str:
 
 # %% ../nbs/14_learning_rate.ipynb #6f3f6295
 def naive_bayes(train: Sequence[tuple[str, str]], texts: Sequence[str], least: int = 20) -> list[str]:
-    "The likeliest label of each text by the words in it; `train` are (label, text). Words in under `least` texts are ignored."
+    "The likeliest label of each text by its words; `train` are (label, text). Words in under `least` texts do not count."
     words = lambda text: set(re.findall(r"[A-Za-z']+", text[:4000]))
     documents, counts = Counter(), {}
     for label, text in train:
@@ -263,10 +267,10 @@ def run_hashes(tokens: np.ndarray, length: int = 16) -> np.ndarray:
 # %% ../nbs/14_learning_rate.ipynb #23521d9f
 def overlaps(train: np.ndarray, valid: np.ndarray, starts: np.ndarray, length: int = 16,
              block: int = 1 << 23) -> list[float]:
-    "For each document of `valid` (they begin at `starts`): the share of its runs of `length` tokens that stand in `train`."
+    "For each document of `valid` (from `starts` on): the share of its runs of `length` tokens that stand in `train`."
     pieces = [run_hashes(piece, length) for piece in np.split(valid, starts[1:])]
     wanted = np.unique(np.concatenate(pieces))
-    maybe, found = np.zeros(1 << 24, bool), np.zeros(len(wanted), bool)  # most runs of the training text fail at `maybe`
+    maybe, found = np.zeros(1 << 24, bool), np.zeros(len(wanted), bool)  # most runs of the training text fail `maybe`
     maybe[wanted >> np.uint64(40)] = True
     for i in range(0, len(train), block):
         hashes = run_hashes(train[i:i + block + length - 1], length)
@@ -330,7 +334,8 @@ def source_losses(log: RunLog, sources: Mapping, chosen: Sequence[bool] | None =
     keep, source = np.ones(len(sums), bool) if chosen is None else np.array(chosen), np.array(sources["source"])
     groups = {name: keep & (source == i) for i, name in enumerate(sources["sources"])} | {"all": keep}
     return {name: {"documents": int(g.sum()), "tokens": int(tokens[g].sum()), "loss": sums[g].sum() / tokens[g].sum(),
-                   "bits_per_byte": sums[g].sum() / math.log(2) / size[g].sum()} for name, g in groups.items() if g.any()}
+                   "bits_per_byte": sums[g].sum() / math.log(2) / size[g].sum()}
+            for name, g in groups.items() if g.any()}
 
 # %% ../nbs/14_learning_rate.ipynb #37d9e247
 def student_cdf(t: float, degrees: int) -> float:
@@ -572,7 +577,7 @@ def stages(grids: Sequence[Grid], logs: Callable[[], Sequence[GridLog]]) -> Iter
 class Queue:
     """The cells still to run of groups of grids, shared by processes through folders.
 
-    `records` takes new records; cells recorded there or in `known` are done. `claims` holds the names that are taken."""
+    `records` takes new records; cells recorded there or in `known` are done. `claims` holds the names taken."""
     groups: Sequence[Sequence[Grid]]
     records: Path
     claims: Path
@@ -584,7 +589,8 @@ class Queue:
 
     def logs(self) -> list[GridLog]:
         "What is recorded, of every budget."
-        return [log for folder in (self.records, *self.known) for budget in BUDGETS for log in grid_logs(folder, budget)]
+        folders = (self.records, *self.known)
+        return [log for folder in folders for budget in BUDGETS for log in grid_logs(folder, budget)]
 
     def is_done(self, cell: Cell) -> bool:
         return any((Path(folder) / f"{cell.name}.jsonl").is_file() for folder in (self.records, *self.known))
@@ -592,7 +598,7 @@ class Queue:
     def is_open(self, cell: Cell) -> bool: return not self.is_done(cell) and not (self.claims / cell.name).exists()
 
     def choice(self) -> Cell | None:
-        "The next cell: stage by stage, of the own shape if there is one, else of a shape that nobody works on, else any."
+        "The next cell: stage by stage, of the own shape if possible, else of a shape that nobody works on, else any."
         busy = {shape_of(c) for p in self.claims.iterdir() if (c := parse_name(p.name)) and not self.is_done(c)}
         for group in self.groups:
             open_stages = [[c for c in stage if self.is_open(c)] for stage in stages(group, self.logs)]
@@ -686,19 +692,19 @@ def pack_records(records: Path, archive: Path) -> int:
 
 # %% ../nbs/14_learning_rate.ipynb #76735524
 def _arguments(words: Sequence[str] | None):
-    parser = argparse.ArgumentParser(prog="python -m cs336_lm.grids", description="Run grids of experiments, resumably.")
+    parser = argparse.ArgumentParser(prog="python -m cs336_lm.grids", description="Run grids of experiments.")
     parser.add_argument("grids", nargs="*", default=["learning_rate,ablations", "cosine800", "batch_size"],
                         help=f"grids, those joined by commas side by side; of {', '.join(GRIDS)}")
     parser.add_argument("--corpus", default="web-488MB")
     parser.add_argument("--directory", type=Path, help="of the token files; default: CS336_DATA")
     parser.add_argument("--records", type=Path, default=Path("records"), help="folder of the new records")
-    parser.add_argument("--known", type=Path, nargs="*", default=[Path("figures/runs")], help="folders of older records")
+    parser.add_argument("--known", type=Path, nargs="*", default=[Path("figures/runs")], help="folders of old records")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
     parser.add_argument("--archive", type=Path, help="file that all records are packed into, .tar.xz")
     parser.add_argument("--set", type=json.loads, default={}, help='settings of all runs as JSON, {"steps": 20}')
-    parser.add_argument("--analyse", nargs="+", metavar="RUN", help="sharpness and gradient noise along these runs instead")
+    parser.add_argument("--analyse", nargs="+", metavar="RUN", help="sharpness and noise along these runs instead")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
@@ -788,7 +794,7 @@ def sharpness(model: nn.Module, inputs: Tensor, targets: Tensor, *, scales: Sequ
 
 # %% ../nbs/14_learning_rate.ipynb #c3aa48bc
 def gradient_noise(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """`signal` |G|^2, `noise` tr(Sigma) of a row, and `scale` = noise / signal in rows, from two or more batches of equal
+    """`signal` |G|^2, `noise` tr(Sigma) of a row, `scale` = noise / signal in rows, from two or more batches of equal
     size. The scale is inf where the signal is not above zero: more batches are needed."""
     total, squares, n = None, 0.0, 0
     for inputs, targets in batches:
@@ -897,7 +903,7 @@ def as_grid(logs: Sequence[RunLog]) -> list[GridLog]:
 
 
 def rate_colours(rates: Iterable[float]) -> dict[float, tuple]:
-    "From dark to light with the logarithm of the rate, by viridis, which keeps its order in every kind of colour vision."
+    "From dark to light with the logarithm of the rate, by viridis, whose order every kind of colour vision sees."
     rates = sorted(set(rates))
     shades = np.linspace(0, 0.92, len(rates))
     return {rate: matplotlib.colormaps["viridis"](shade) for rate, shade in zip(rates, shades)}
@@ -913,8 +919,8 @@ def draw_rates(ax, logs: Sequence[GridLog], variant: str, colour: str = PALETTE[
     means = [statistics.mean(finished[rate]) for rate in whole]
     ax.plot(whole, means, line, color=colour, lw=1.2, label=label or variant)
     broken = [rate for rate in table if rate not in whole]
-    if broken: ax.plot(broken, [height] * len(broken), "x", color=colour, ms=8, mew=2, transform=ax.get_xaxis_transform(),
-                       clip_on=False, label=f"{label or variant}: a seed diverged")
+    if broken: ax.plot(broken, [height] * len(broken), "x", color=colour, ms=8, mew=2, clip_on=False,
+                       transform=ax.get_xaxis_transform(), label=f"{label or variant}: a seed diverged")
     ax.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss (nats a token)")
 
 # %% ../nbs/14_learning_rate.ipynb #ff07f6e4
@@ -982,7 +988,7 @@ def _curve_label(logs: Sequence[GridLog]) -> str:
 # %% ../nbs/14_learning_rate.ipynb #f98270ad
 @styled
 def plot_ablation(logs: Sequence[RunLog]) -> Figure:
-    "Variants against the base model: each at its own best rate, all at the base model's best if that differs, all rates."
+    "Variants against the base model: each at its own best rate, at the base model's best if that differs, all rates."
     grid = as_grid(logs)
     variants = sorted({g.variant for g in grid}, key=list(VARIANTS).index)
     best = {v: best_rate(grid, v) for v in variants}
@@ -1034,8 +1040,9 @@ def plot_ablation_grid(logs: Sequence[RunLog]) -> Figure:
         for j, r in enumerate(rates): _write_cell(ax, i, j, tables[v].get(r), low)
         if (rate := best_rate(grid, v)) is not None:
             ax.add_patch(Rectangle((rates.index(rate) - 0.48, i - 0.46), 0.96, 0.92, fill=False, ec=PALETTE[1], lw=2.2))
-    ax.set(xticks=range(len(rates)), xticklabels=map(rate_text, rates), yticks=range(len(variants)), yticklabels=variants,
-           xlabel="peak learning rate", title="Validation loss (nats a token), mean over seeds; the best rate framed")
+    ax.set(xticks=range(len(rates)), xticklabels=map(rate_text, rates),
+           yticks=range(len(variants)), yticklabels=variants, xlabel="peak learning rate",
+           title="Validation loss (nats a token), mean over seeds; the best rate framed")
     ax.grid(False)
     figure.colorbar(picture, ax=ax, extend="max", label="nats a token")
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
@@ -1072,7 +1079,7 @@ def speed(g: GridLog) -> float:
 # %% ../nbs/14_learning_rate.ipynb #460c6763
 @styled
 def plot_batch_size(logs: Sequence[RunLog]) -> Figure:
-    "Batch sizes, each at its best rate: three smoothed curves, losses against tokens, steps and seconds, speed, memory."
+    "Batch sizes, each at its best rate: three smoothed curves, losses by tokens, steps and seconds, speed, memory."
     best = best_of_batches(as_grid(logs))
     figure = Figure(figsize=(11, 9.6))
     axes = figure.subplots(3, 3)
@@ -1094,7 +1101,8 @@ def plot_batch_size(logs: Sequence[RunLog]) -> Figure:
 
 def _against(ax, best: Mapping[int, GridLog], colours: Mapping, x: str) -> None:
     for size, g in best.items():
-        ax.plot(column(g.log.steps, x), smoothed(column(g.log.steps, "loss")), color=colours[size], lw=1.2, label=f"{size}")
+        loss = smoothed(column(g.log.steps, "loss"))
+        ax.plot(column(g.log.steps, x), loss, color=colours[size], lw=1.2, label=f"{size}")
     low = min(g.loss for g in best.values())
     ax.set(xlabel={"tokens": "training tokens", "step": "steps", "seconds": "seconds"}[x], ylabel="training loss",
            ylim=(low - 0.2, low + 2.5))
@@ -1121,7 +1129,8 @@ def _grid_figure(plot: Callable, grids: Sequence[Grid], about: str) -> FigureRec
     "A figure that needs the first seed of the grids' cells and draws the others too where they are recorded."
     first = [c.name for grid in grids for c in grid.cells if c.seed == grid.seeds[0]]
     later = [c.name for grid in grids for s in (1, 2) for c in replace(grid, seeds=(s,)).cells]
-    return FigureRecipe(plot, tuple(dict.fromkeys(first)), about, tuple(n for n in dict.fromkeys(later) if n not in first))
+    more = tuple(name for name in dict.fromkeys(later) if name not in first)
+    return FigureRecipe(plot, tuple(dict.fromkeys(first)), about, more)
 
 
 def _ablation_figure(*variants: str) -> FigureRecipe:
@@ -1156,8 +1165,9 @@ def rate_table(logs: Sequence[GridLog], variant: str) -> str:
         ends = sorted(seeds.values())
         broken = sum(map(math.isinf, ends))
         bits = [g.bits_per_byte for g in logs if g.variant == variant and g.rate == rate]
-        rows.append([rate_text(rate), str(len(ends)), *([f"{broken} of {len(ends)} diverged", "", ""] if broken else
-                     [f"{statistics.mean(ends):.3f}", f"{ends[0]:.3f} to {ends[-1]:.3f}", f"{statistics.mean(bits):.3f}"])])
+        told = [f"{broken} of {len(ends)} diverged", "", ""] if broken else [
+            f"{statistics.mean(ends):.3f}", f"{ends[0]:.3f} to {ends[-1]:.3f}", f"{statistics.mean(bits):.3f}"]
+        rows.append([rate_text(rate), str(len(ends)), *told])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 # %% ../nbs/14_learning_rate.ipynb #09d0688f
