@@ -12,7 +12,8 @@ from cs336_lm import experiments as ex, grids as gr
 from cs336_lm.corpora import END_OF_TEXT, FILES
 from cs336_lm.dataset import document_starts, open_tokens
 from cs336_lm.generation import generate
-from cs336_lm.training import TrainParts, evaluate, initial_model, load_model, open_rows, read_checkpoint
+from cs336_lm.training import (TrainParts, evaluate, initial_model, learning_rate, load_model, open_rows, read_checkpoint,
+                               train)
 from cs336_lm.transformer import PRESETS, ModelConfig, TransformerLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +99,22 @@ def test_variants_start_alike_and_see_the_same_rows(prepared):
     assert all(torch.equal(v, base[k]) for k, v in TransformerLM(ModelConfig(**sizes, d_ff=64)).state_dict().items())
 
 
+def test_the_cosine_may_end_early_and_only_within_the_run():
+    config = ex.TrainConfig(name="a", train_tokens="a", valid_tokens="b", **gr.Cell("small", "no-rmsnorm-cosine800", 1e-3, 0).settings)
+    rates = [learning_rate(config, step) for step in (50, 100, 450, 799, 800, 801, 2_500)]
+    np.testing.assert_allclose(rates[:3], [5e-4, 1e-3, 5.5e-4])
+    assert rates[3] > rates[4] == rates[5] == rates[6] == config.min_lr
+    for steps in (100, 2_501):
+        with pytest.raises(ValueError, match=f"cosine_steps is {steps}"): replace(config, cosine_steps=steps)
+
+
 # ---- a toy grid
+
+def test_a_run_that_keeps_no_checkpoint_writes_none(prepared, tmp_path):
+    config = gr.cell_config(gr.Cell("small", "base", 1e-3, 0), prepared, tmp_path, TOY | {"keep_checkpoints": 0, "checkpoint_every": 2})
+    result = train(config, progress=False)
+    assert result.status == "finished" and result.checkpoint is None and not list(result.folder.glob("checkpoints/*"))
+
 
 def test_a_cell_leaves_a_small_record_and_is_the_same_through_shared_parts(prepared, toy_runs, tmp_path):
     again = gr.run_cell(gr.Cell("small", "silu", 1e-2, 1), prepared, runs_dir=tmp_path, records=tmp_path / "records",
