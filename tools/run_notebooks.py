@@ -94,14 +94,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of nbs/")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a text output differs")
-    parser.add_argument("--flagged", nargs="*", default=[], metavar="FLAG", help="flags whose cells are run too")
+    parser.add_argument("--flagged", default="", metavar="FLAGS", help="flags whose cells are run too, several with commas")
     parser.add_argument("--timeout", type=int, default=900, help="seconds a cell may take")
     parser.add_argument("--workers", type=int, default=1, help="notebooks run side by side")
     args = parser.parse_args()
     missing = [p for p in args.notebooks if not p.is_file()]
     if missing: parser.error(f"no such notebook: {missing[0]}")
     os.environ.update(FIXED)
-    skipped = frozenset(get_config(path=ROOT).tst_flags.split()) - set(args.flagged)
+    skipped = frozenset(get_config(path=ROOT).tst_flags.split()) - set(args.flagged.split(","))
     paths = args.notebooks or sorted((ROOT / "nbs").glob("*.ipynb"))
     with ThreadPoolExecutor(args.workers) as pool:
         troubles = [t for t in pool.map(lambda p: process(p.resolve(), args, skipped), paths) if t]
