@@ -37,11 +37,16 @@ class _Runner(NotebookClient):
 
 
 def join_streams(nb) -> None:
-    "Make one output of consecutive chunks of the same stream, which arrive cut at random places."
+    """Make one output of consecutive chunks of the same stream, which arrive cut at random places.
+
+    A line that says "compiling ... (once; ...)" depends on what was compiled before, and goes."""
     for cell in nb.cells:
         if cell.cell_type != "code": continue
         joined = []
         for out in cell.outputs:
+            if out.get("name") == "stderr":
+                out.text = re.sub(r"^compiling .*\(once; .*\n", "", out.text, flags=re.M)
+                if not out.text: continue
             if joined and out.output_type == "stream" == joined[-1].output_type and out.name == joined[-1].name:
                 joined[-1].text += out.text
             else: joined.append(out)
