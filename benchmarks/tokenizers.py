@@ -479,10 +479,9 @@ class Files:
         return path
 
     def line(self, size: str) -> Path:
-        "The text again and again with numbered words mixed in; only one such file stands there at a time."
+        "The text again and again, with numbered words mixed in."
         path, want = self.work / f"line-{size}.txt", int(size.removesuffix("MB")) * 1_000_000
         if path.is_file(): return path
-        for old in self.work.glob("line-*.txt"): old.unlink()
         if shutil.disk_usage(self.work).free < 2 * want:
             raise SystemExit(f"{self.work} has too little room: {2 * want / 1e9:.1f} GB are needed. Say --work FOLDER.")
         print(f"writing {path} ...", flush=True)
