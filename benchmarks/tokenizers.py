@@ -310,7 +310,8 @@ def distinct_strings(path: Path, width: int, sets: int) -> list[list[str]]:
 # -- other rows
 
 def run_line(row: dict, files: dict) -> dict:
-    return (run_train if row["of"] == "train" else run_encode)(row | {"name": "ours"}, files)
+    found = (run_train if row["of"] == "train" else run_encode)(row, files)
+    return found | {"bytes": os.path.getsize(files["text"])}
 
 
 def run_cold(row: dict, files: dict) -> dict:
@@ -762,7 +763,7 @@ def lines(table: list[dict]) -> list[dict]:
     "Least squares through seconds and memory against bytes, and what the line says for the write-up's larger file."
     found, of_line = [], [t for t in table if t["task"] == "line"]
     for of, vocab, threads in dict.fromkeys((t["of"], t["vocab"], t["threads"]) for t in of_line):
-        points = [(int(t["size"].removesuffix("MB")) * 1e6, t["seconds"], t["anonymous_bytes"])
+        points = [(float(t["bytes"]), t["seconds"], t["anonymous_bytes"])
                   for t in of_line if (t["of"], t["vocab"], t["threads"]) == (of, vocab, threads)]
         if len(points) < 3: continue
         x, seconds, anonymous = np.array(sorted(points)).T
