@@ -366,7 +366,9 @@ class Tokenizer(ByteLevelBPE):
 
         Large texts go through compiled code (numba; the first one of an installation waits for the compiler), and once
         it is loaded, for instance by `load_encoder()`, short ones too."""
-        if len(text) >= (FAST_CHARS if _loaded else LOAD_CHARS) and (fast := self.fast): return fast.encode(text)
+        if fast := vars(self).get("fast"): return fast.encode(text)
+        if len(text) >= (FAST_CHARS if _loaded and not self._wide else LOAD_CHARS) and self.fast:
+            return self.fast.encode(text)
         return super().encode(text)
 
     def encode_array(self, text: str | bytes) -> np.ndarray:
@@ -425,6 +427,9 @@ class Tokenizer(ByteLevelBPE):
     def fast(self) -> FastEncoder | None:
         "The compiled encoder, loaded when it is first asked for; None where only the clear one serves."
         return make_fast(self)
+
+    @cached_property
+    def _wide(self) -> bool: return self.vocab_size > 1 << 16  # then the first use of `fast` may compile
 
     @cached_property
     def _token_table(self) -> TokenTable | None:
@@ -1155,6 +1160,7 @@ class FastEncoder:
         bench = self.take()
         bench.bytes[:size] = data
         count = bench.encode(self.shared, bench.room, size)
+        if count < 0: raise_not_utf8(data)
         ids = bench.short_ids[:count].tolist() if count < 32 else bench.out[:count].tolist()
         self.put(bench)
         return ids

@@ -151,7 +151,22 @@ def test_vector_code_does_what_its_twins_do(low, high, place):
         copy_16(text, 2 * place, text, 31 - place)  # far apart, as in use
         return narrow.tolist(), wide.tolist(), text.tolist(), highest_bit(np.uint64(high))
 
-    assert stored(*COMPILED) == stored(*chapter.STORE_TWINS.values())
+    assert stored(*COMPILED) == stored(*list(chapter.STORE_TWINS.values())[:3])
+
+
+def test_compiled_code_sees_the_parts_that_python_sees():
+    import numba
+    part_of = chapter.part_of
+    arrays = [np.arange(n, dtype=dtype) for n, dtype in ((0, np.uint8), (7, np.uint16), (90, np.int64), (1, np.int32))]
+    room = chapter.lay_out([*arrays, (5, np.uint32)])
+
+    def seen(k, dtype):
+        compiled_part = numba.njit(lambda room, k: part_of(room, k, dtype).copy())
+        return [compiled_part(room, k), chapter.STORE_TWINS["part_of"](room, k, dtype)]
+
+    for k, expected in enumerate([*arrays, np.zeros(5, np.uint32)]):
+        for found in seen(k, expected.dtype.type):
+            assert found.dtype == expected.dtype and found.tolist() == expected.tolist()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -238,6 +253,12 @@ def test_short_calls_do_not_import_numba(tmp_path):
     dataset.encode_file(tokenizer, sys.argv[1] + "/a.txt", sys.argv[1] + "/a.npy")
     assert "numba" not in sys.modules
     """, tmp_path)
+
+
+def test_a_short_text_never_compiles_for_wide_ids():
+    wide = Tokenizer(LARGE_IDS, MERGES)
+    assert wide.encode("the fox") == clear(wide, "the fox") and "fast" not in vars(wide)
+    assert wide.fast and wide.encode("the fox") == clear(wide, "the fox") and wide.encode("") == [] == plain.encode("")
 
 
 def test_without_numba_the_clear_version_serves(tmp_path):
