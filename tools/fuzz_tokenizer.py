@@ -108,6 +108,7 @@ class Case:
         self.rng_seed = rng.random()
         self.threads, self.chunk = rng.choice((1, 1, 1, 1, 2, 3)), rng.choice((1, 7, 40, 1000, 1 << 20))
         self.merges, self.block = rng.randint(0, rng.choice((40, 300))), rng.choice((16, 64, 1000, 1 << 19))
+        self.rows = rng.choice((2, 16, 256, 1 << 16))
 
     def rng(self) -> random.Random: return random.Random(self.rng_seed)
 
@@ -239,9 +240,10 @@ class Checks:
     def tokenizer(self, case: Case):
         """One of a few tokenizers with merges of earlier texts, so that word caches fill; each is replaced in the end.
 
-        At times, with none left, the encoder's blocks get another size."""
+        At times, with none left, the encoder's blocks and word caches get other sizes."""
         rng = case.rng()
-        if self.made % 50 == 49: self.tokenizers, self.tok.BLOCK_BYTES = [], case.block
+        if self.made % 10 in (0, 9):
+            self.tokenizers, self.tok.BLOCK_BYTES, self.tok.CACHE_ROWS = [], case.block, case.rows
         if len(self.tokenizers) < 4 or rng.random() < 0.02:
             self.tokenizers, self.made = [*self.tokenizers[-3:], self.new_tokenizer(case, rng)], self.made + 1
         return self.tokenizers[rng.randrange(len(self.tokenizers))]
