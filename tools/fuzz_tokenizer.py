@@ -265,7 +265,9 @@ class Checks:
         ids = list(range(len(tokens)))
         if rng.random() < 0.5: rng.shuffle(ids)
         shift = rng.choice((0, 0, 70_000))
-        return self.tok.Tokenizer({id + shift: token for id, token in zip(ids, tokens)}, merges, case.specials)
+        made = self.tok.Tokenizer({id + shift: token for id, token in zip(ids, tokens)}, merges, case.specials)
+        if made.fast is None: raise AssertionError("the compiled encoder refuses to serve: it failed its own trial")
+        return made
 
 
 def any_merges(rng: random.Random, tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
