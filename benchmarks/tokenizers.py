@@ -310,7 +310,8 @@ def distinct_strings(path: Path, width: int, sets: int) -> list[list[str]]:
 # -- other rows
 
 def run_line(row: dict, files: dict) -> dict:
-    return (run_train if row["of"] == "train" else run_encode)(row | {"name": "ours"}, files)
+    found = (run_train if row["of"] == "train" else run_encode)(row, files)
+    return found | {"bytes": os.path.getsize(files["text"])}
 
 
 def run_cold(row: dict, files: dict) -> dict:
@@ -479,10 +480,9 @@ class Files:
         return path
 
     def line(self, size: str) -> Path:
-        "The text again and again with numbered words mixed in; only one such file stands there at a time."
+        "The text again and again, with numbered words mixed in."
         path, want = self.work / f"line-{size}.txt", int(size.removesuffix("MB")) * 1_000_000
         if path.is_file(): return path
-        for old in self.work.glob("line-*.txt"): old.unlink()
         if shutil.disk_usage(self.work).free < 2 * want:
             raise SystemExit(f"{self.work} has too little room: {2 * want / 1e9:.1f} GB are needed. Say --work FOLDER.")
         print(f"writing {path} ...", flush=True)
@@ -727,7 +727,8 @@ def medians(rows: list[dict]) -> list[dict]:
 
 
 def entry(runs: list[dict], ours: str | None) -> dict:
-    "What several runs of one row are together; what does not vary is taken from the first."
+    "Several runs of one row together: those that others left alone, if there are any."
+    runs = [row for row in runs if row.get("others", 0) <= QUIET] or runs
     first, seconds = runs[0], [row["seconds"] for row in runs]
     found = {field: value for field, value in first.items() if field not in NOT_KEPT}
     found |= {"runs": len(runs), "seconds": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds)}
@@ -753,6 +754,7 @@ def ratios(table: list[dict]) -> list[dict]:
             if not right or not of: continue
             best = min(of, key=lambda name: of[name]["seconds"])
             about = {field: ours[field] for field in SETTING if field in ours}
+            about["others"] = max(ours["others"], of[best]["others"])
             ratio = of[best]["seconds"] / ours["seconds"]
             if "cpu_seconds" in ours: about["cpu_ratio"] = of[best]["cpu_seconds"] / ours["cpu_seconds"]
             found.append(about | {"against": best, "ratio": ratio, "least": least, "aim": aim})
@@ -763,7 +765,7 @@ def lines(table: list[dict]) -> list[dict]:
     "Least squares through seconds and memory against bytes, and what the line says for the write-up's larger file."
     found, of_line = [], [t for t in table if t["task"] == "line"]
     for of, vocab, threads in dict.fromkeys((t["of"], t["vocab"], t["threads"]) for t in of_line):
-        points = [(int(t["size"].removesuffix("MB")) * 1e6, t["seconds"], t["anonymous_bytes"])
+        points = [(float(t["bytes"]), t["seconds"], t["anonymous_bytes"])
                   for t in of_line if (t["of"], t["vocab"], t["threads"]) == (of, vocab, threads)]
         if len(points) < 3: continue
         x, seconds, anonymous = np.array(sorted(points)).T
@@ -793,10 +795,12 @@ def show(args) -> None:
     print("|" + "---|" * 14)
     for ours, others in beside_ours([t for t in table if t["task"] not in APART]):
         for t in [ours, *others.values()]: print(table_row(t, ours))
-    print("\n| goal | against | ratio | at least | aim |\n|" + "---|" * 5)
+    print("\n| goal | against | ratio | of CPU time | at least | aim | others |\n|" + "---|" * 7)
     for r in ratios(table):
         goal = title(r | {"name": "", "turn": 0}).removesuffix(", run 1")
-        print(f"| {goal} | {r['against']} | {r['ratio']:.2f} | {r['least']} | {r['aim'] or ''} |")
+        cpu = f"{r['cpu_ratio']:.2f}" if "cpu_ratio" in r else ""
+        wanted = f"{r['least']} | {r['aim'] or ''}"
+        print(f"| {goal} | {r['against']} | {r['ratio']:.2f} | {cpu} | {wanted} | {r['others']:.2f} |")
     for t in table:
         if t["task"] in APART: print("\n" + json.dumps(rounded(t)))
     for line in lines(table): print("\nline", json.dumps(rounded(line)))

@@ -47,7 +47,8 @@ class Texts:
         self.rng, self.at, self.edges = random.Random(seed), 0, class_edges()
 
     def next(self) -> str:
-        kinds = (self.dense, self.anywhere, self.row_of_characters, self.at_edges, self.long_words, self.words)
+        kinds = (self.dense, self.anywhere, self.row_of_characters, self.at_edges, self.long_words, self.words,
+                 self.alike)
         parts = [self.rng.choice(kinds)() for _ in range(self.rng.choice((1, 1, 1, 2, 3)))]
         return "".join(parts)
 
@@ -73,6 +74,11 @@ class Texts:
         piece = self.rng.choice(["a", "ab", "é", "日本", "1", "!", " ", "ab ", "😀"])
         width = self.rng.choice((7, 15, 16, 31, 48, 49, 63, 300)) + self.rng.randint(-1, 1)
         return piece * width + self.some(ODD, 3)
+
+    def alike(self) -> str:
+        "Words with the same beginning."
+        stem = self.rng.choice(("aaaaaaaa", "abababab", "aaaaaaaaaaaa"))
+        return "".join(stem + self.some(list("ab"), 4) + self.rng.choice(" \n,") for _ in range(self.rng.randint(2, 9)))
 
     def words(self) -> str:
         letters = self.rng.choice(("ab", "abcdefgh", "aé日'", "ab12"))
@@ -108,6 +114,7 @@ class Case:
         self.rng_seed = rng.random()
         self.threads, self.chunk = rng.choice((1, 1, 1, 1, 2, 3)), rng.choice((1, 7, 40, 1000, 1 << 20))
         self.merges, self.block = rng.randint(0, rng.choice((40, 300))), rng.choice((16, 64, 1000, 1 << 19))
+        self.rows = rng.choice((2, 16, 256, 1 << 16))
 
     def rng(self) -> random.Random: return random.Random(self.rng_seed)
 
@@ -239,9 +246,10 @@ class Checks:
     def tokenizer(self, case: Case):
         """One of a few tokenizers with merges of earlier texts, so that word caches fill; each is replaced in the end.
 
-        At times, with none left, the encoder's blocks get another size."""
+        At times, with none left, the encoder's blocks and word caches get other sizes."""
         rng = case.rng()
-        if self.made % 50 == 49: self.tokenizers, self.tok.BLOCK_BYTES = [], case.block
+        if self.made % 10 in (0, 9):
+            self.tokenizers, self.tok.BLOCK_BYTES, self.tok.CACHE_ROWS = [], case.block, case.rows
         if len(self.tokenizers) < 4 or rng.random() < 0.02:
             self.tokenizers, self.made = [*self.tokenizers[-3:], self.new_tokenizer(case, rng)], self.made + 1
         return self.tokenizers[rng.randrange(len(self.tokenizers))]
@@ -257,14 +265,17 @@ class Checks:
         ids = list(range(len(tokens)))
         if rng.random() < 0.5: rng.shuffle(ids)
         shift = rng.choice((0, 0, 70_000))
-        return self.tok.Tokenizer({id + shift: token for id, token in zip(ids, tokens)}, merges, case.specials)
+        made = self.tok.Tokenizer({id + shift: token for id, token in zip(ids, tokens)}, merges, case.specials)
+        if made.fast is None: raise AssertionError("the compiled encoder refuses to serve: it failed its own trial")
+        return made
 
 
 def any_merges(rng: random.Random, tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
     "Merges of any two tokens that there are by then."
     merges, made = [], {bytes([b]) for b in range(256)}
-    if rng.random() < 0.3:  # tokens of up to 64 bytes
+    if rng.random() < 0.7:  # tokens of up to 64 bytes
         merges = [(b"a" * n, b"a" * n) for n in (1, 2, 4, 8, 16, 32)]
+        merges += [(b"a", b"b"), (b"ab", b"ab"), (b"abab", b"abab")]
         made |= {left + right for left, right in merges}
     for _ in range(rng.randint(1, 40)):
         left, right = rng.choice(tokens), rng.choice(tokens)
@@ -332,6 +343,7 @@ def run_engine(engine: str, seed: int, seconds: float) -> dict:
                     found = {"check": name, "text_number": number, "said": found, "text": shortest(checks, name, case),
                              "special_tokens": case.specials}
                     break
+            if number == 1: began = time.monotonic()  # the first text has waited for the compiler
     about = {"texts": number, "bytes": size, "executions": executions.total(), "by_check": dict(executions),
              "seconds": round(time.monotonic() - began, 1), "different": found}
     return about | ({"coverage": seen.coverage()} if seen else {})
