@@ -3,6 +3,7 @@
     python benchmarks/training.py                        on a GPU: the TinyStories model at 256 and 64 rows; on a CPU: a tiny one
     python benchmarks/training.py --tokens train.npy     real tokens (a token file of `cs336 encode`); default: random ones
     python benchmarks/training.py --ladder --profile     also what each change bought, and where a step's time goes
+    python benchmarks/training.py --loop --tokens T.npy  also the whole loop of `train` (data, logging, checkpoints) as a share of the bare step's rate
     python benchmarks/training.py --record FILE.json     write the numbers there
     python benchmarks/training.py --first-step           only: seconds from the start of the process to the first finished step
 
@@ -12,7 +13,7 @@ autocast, PyTorch's fused AdamW and clipping. Llama gets our initial weights, so
 import sys, time
 STARTED = time.time()
 sys.path.pop(0)  # this folder, whose tokenizers.py would stand in for the package that transformers imports
-import argparse, json, re, statistics
+import argparse, json, re, statistics, tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from torch import nn
 from cs336_lm.accounting import flops_per_token
 from cs336_lm.kernels import fused_training_loss, kernel_errors, use_kernels
 from cs336_lm.optimization import AdamW, adamw_update_capturable
-from cs336_lm.training import TrainConfig, TrainParts, TrainStep, device_name, float32_products, resolve_config, training_loss
+from cs336_lm.training import (TrainConfig, TrainParts, TrainStep, build_run, device_name, float32_products, loop_rate, resolve_config, train,
+                               training_loss)
 from cs336_lm.transformer import ModelConfig, TransformerLM
 
 CUDA = torch.cuda.is_available()
@@ -227,6 +229,26 @@ def ladder(batch_size: int, tokens: Path | None, steps: int) -> Iterator[list[di
         torch.cuda.empty_cache()
 
 
+def loop(batch_size: int, tokens: Path, steps: int, repeats: int = 5) -> dict:
+    "Tokens a second of a whole run of `train` and of its step alone on one batch; evaluations are left out of both."
+    config = TrainConfig(name="loop", train_tokens=str(tokens), valid_tokens=str(tokens), model=MODEL, batch_size=batch_size, steps=steps, max_lr=RATE, warmup_steps=steps // 10,
+                         min_lr=RATE / 10, log_every=10, eval_every=0, checkpoint_every=steps // 4, keep_checkpoints=2, **OPTIMIZER)
+    parts, records = TrainParts(), []
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(replace(config, runs_dir=folder), progress=False, parts=parts, on_record=records.append)
+        if result.status != "finished": raise RuntimeError(f"the loop's run ended as {result.status}: {result.reason}")
+        run = build_run(resolve_config(replace(config, runs_dir=folder)), parts)
+    data = run.batch(1)
+    bare = lambda *_: run.train_step(*data, RATE)
+    timed(bare, lambda _: (), 0, 8)
+    seconds = statistics.median(timed(bare, lambda _: (), 0, max(2, steps // 20)) for _ in range(repeats))
+    found = {"batch": batch_size, "steps": steps, "checkpoints": 4, "loop_tokens_per_second": loop_rate(records), "step_tokens_per_second": batch_size * MODEL.context_length / seconds,
+             "eval_seconds": [r["eval_seconds"] for r in records if r["kind"] == "eval"], "evaluated_tokens": len(np.load(tokens, mmap_mode="r"))}
+    found["share"] = found["loop_tokens_per_second"] / found["step_tokens_per_second"]
+    print(f"whole loop, batch {batch_size}: {found['loop_tokens_per_second'] / 1e6:.4f} Mtok/s, {found['share']:.1%} of the step alone", flush=True)
+    return found
+
+
 KINDS = [("attention", "_attention_"), ("loss", "_cross_entropy"), ("matrix products", "nvjet|gemm|cutlass|splitK"), ("SiLU and gate", "triton_poi.*sigmoid"),
          ("optimizer, clipping", "triton_for|multi_tensor|foreach"), ("norms and residual", "triton_(per|red)_fused.*(pow|rsqrt|mean)|reduce_kernel<128"), ("rest", "")]
 
@@ -257,10 +279,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--ladder", action="store_true", help="also what each change bought (CUDA)")
     parser.add_argument("--profile", action="store_true", help="also where a step's time goes (CUDA)")
+    parser.add_argument("--loop", type=int, nargs="?", const=400 if CUDA else 40, default=0, metavar="STEPS", help="also the whole loop as a share of the step (needs --tokens)")
     parser.add_argument("--record", type=Path, help="JSON file for the numbers")
     parser.add_argument("--first-step", action="store_true", help="only the seconds to the first finished step")
     args = parser.parse_args()
     if args.tokens and not args.tokens.is_file(): parser.error(f"no token file {args.tokens}; make one with cs336 encode")
+    if args.loop and not args.tokens: parser.error("--loop needs --tokens")
     if args.record and not args.record.parent.is_dir(): parser.error(f"no folder {args.record.parent} for the record")
     sizes = [int(b) for b in args.batch.split(",")]
     if args.first_step:
@@ -281,6 +305,7 @@ def main() -> None:
         keep(rows=record.get("rows", []) + rows)
     if CUDA: keep(kernel_errors=kernel_errors())
     if args.profile and CUDA: keep(profile={str(size): profile(size, args.tokens) for size in sizes})
+    if args.loop: keep(loop=[loop(size, args.tokens, args.loop) for size in sizes])
     if args.ladder and CUDA:
         for rows in ladder(sizes[0], args.tokens, args.steps): keep(ladder=rows)
     if args.record: print(f"written: {args.record}")
