@@ -563,9 +563,10 @@ def experiment_run(names: RunsOrGrids, data: DataChoice = "web", device: str = "
         run_experiment(name, runs_dir=runs_dir, records=figures / "runs", device=device, progress=_progress())
     todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
     print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
-    prepared = cache(lambda vocab_size: prepare_cells(corpus, vocab_size, progress=_progress()))
+    prepared = cache(lambda recipe_corpus, vocab_size: prepare_cells(recipe_corpus, vocab_size, progress=_progress()))
     for cell in todo:
-        log = run_cell(cell, prepared(cell.recipe().vocab_size), runs_dir=runs_dir / place, records=figures / place,
+        recipe = cell.recipe(corpus)
+        log = run_cell(cell, prepared(recipe.corpus, recipe.vocab_size), runs_dir=runs_dir / place, records=figures / place,
                        parts=parts, sources=read_sources(corpus, figures / place), progress=_progress(),
                        changes={"device": device})
         if log is None: return _report_stop(cell.name)

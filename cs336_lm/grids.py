@@ -58,6 +58,7 @@ class Variant:
     model: Mapping = field(default_factory=dict)
     settings: Mapping = field(default_factory=dict)
     vocab_size: int = 10_000
+    corpus: str | None = None  # default: the grid's
 
 # %% ../nbs/14_learning_rate.ipynb #4aab61c8
 def _batch_variant(batch_size: int, tokens: int = 40_960_000) -> Variant:
@@ -77,6 +78,7 @@ VARIANTS: dict[str, Variant] = {
     "no-rmsnorm-cosine800": Variant("no RMSNorm, the rate at its minimum from step 800 on", {"norm": "none"},
                                     {"cosine_steps": 800}),
     **{f"batch{n}": _batch_variant(n, 10_240_000 if n < 32 else 40_960_000) for n in (1, 8, 32, 128, 256, 512, 1024)},
+    **{f"batch{n}": _batch_variant(n, 24 * 256 * n) for n in (2048, 4096)},  # for speed and memory only
 }
 
 # %% ../nbs/14_learning_rate.ipynb #9152cc19
@@ -95,6 +97,7 @@ VARIANTS |= {
                                          {"context_length": 512, "position": position}, {"batch_size": 32}, 32_000)
        for kind, position, about in (("rope", "rope", "RoPE"), ("nope", "none", "no position information"))},
     "web32k": Variant("the handout's model with 32,000 entries", vocab_size=32_000),
+    "grammar": Variant("the handout's model on stories of the embedded grammar", corpus="grammar"),
     "writeup": Variant("the original write-up's leaderboard model",
                        {k: getattr(PRESETS["writeup-openwebtext"], k)
                         for k in ("context_length", "d_ff", "num_layers", "tied_embeddings")},
@@ -140,7 +143,8 @@ class Cell:
     def recipe(self, corpus: str = "web-488MB") -> Recipe:
         "The run's entry in the catalogue, on `corpus`."
         about = f"{VARIANTS[self.variant].about}; {self.tokens:,} tokens, rate {rate_text(self.rate)}, seed {self.seed}"
-        return Recipe(self.name, about, corpus, VARIANTS[self.variant].vocab_size, self.settings)
+        variant = VARIANTS[self.variant]
+        return Recipe(self.name, about, variant.corpus or corpus, variant.vocab_size, self.settings)
 
 # %% ../nbs/14_learning_rate.ipynb #2fa01b81
 def grid_name(budget: str, variant: str, rate: float, seed: int) -> str:
@@ -169,10 +173,12 @@ class Grid:
     more: int = 1
     further: tuple[int, ...] = (2,)
     budget: str = "small"
+    besides: tuple[tuple[str, float], ...] = ()  # further pairs of variant and rate
 
     @property
     def cells(self) -> list[Cell]:
-        return [Cell(self.budget, v, r, s) for s in self.seeds for v in self.variants for r in self.rates]
+        pairs = [(v, r) for v in self.variants for r in self.rates] + list(self.besides)
+        return [Cell(self.budget, v, r, s) for s in self.seeds for v, r in pairs]
 
     @property
     def runs(self) -> tuple[str, ...]: return tuple(cell.name for cell in self.cells)
@@ -184,22 +190,30 @@ GRIDS: dict[str, Grid] = {
     "ablations": Grid("each ablation by five rates", ABLATED, ABLATION_RATES),
     "cosine800": Grid("no RMSNorm with the original write-up's early end of the cosine", ("no-rmsnorm-cosine800",),
                       ABLATION_RATES),
-    "batch_size": Grid("batches of 8 to 1,024 rows, three rates each, three seeds at the best",
+    "batch_size": Grid("batches of 8 to 1,024 rows, three rates each",
                        ("batch512", "batch128", "batch256", "batch32", "batch1024", "batch8"), (1e-3, 3e-3, 1e-2),
-                       (0,), 1, (1, 2)),
+                       (0,), 0),
+    "batch_seeds": Grid("the smallest and a large batch with three seeds at the best rate", ("batch8", "batch512"),
+                        (1e-3, 3e-3, 1e-2), (0,), 1, (1, 2)),
     "batch_of_one": Grid("a row a step", ("batch1",), (3e-4, 1e-3), (0,), 0),
-    "free_choices": Grid("one change each around the best cell", tuple(v for v in VARIANTS if re.match(
-        "vocab|context|warmup|beta2|decay", v)), (3e-3,), (0, 1, 2), 0),
+    "large_batches": Grid("batches for speed and memory only", ("batch2048", "batch4096"), (1e-3,), (0,), 0),
+    "optimizer": Grid("warm-up, second moment and weight decay, one change each around the best cell",
+                      tuple(v for v in VARIANTS if re.match("warmup|beta2|decay", v)), (3e-3,), (0,), 1, (1, 2)),
+    "shapes": Grid("vocabulary and context length, one change each around the best cell",
+                   tuple(v for v in VARIANTS if re.match(r"vocab|context\d+$", v)), (3e-3,), (0,), 1, (1, 2)),
     "embeddings": Grid("tied and untied embeddings by their first size",
                        ("untied-std0.02", "tied-std1", "tied-std0.02"),
-                       (3e-3, 1e-2), (0, 1, 2), 0),
+                       (3e-3, 1e-2), (0,), 1, (1, 2)),
     "long_context": Grid("RoPE and NoPE at 512 tokens and 32,000 entries",
                          ("rope-context512-32k", "nope-context512-32k"),
-                         (1e-3, 3e-3, 1e-2)),
-    "full": Grid("best and worst cells of the ablations at the full budget", ABLATED, (3e-3,), (0,), 0, budget="full"),
+                         (1e-3, 3e-3, 1e-2), (0,), 1, (1, 2)),
+    "full": Grid("best and worst cells that train, of the rates and of the ablations, at the full budget",
+                 ("base", "silu"), (3e-3,), (0,), 0, budget="full", besides=(("no-rmsnorm", 3e-4), ("base", 3e-1))),
+    "other_texts": Grid("32,000 entries, and the grammar's stories, at the small budget", ("web32k",), (3e-3,),
+                        (0, 1, 2), 0, besides=(("grammar", 3e-3),)),
     "main_experiment": Grid("the same model and steps with 32,000 entries", ("web32k",), (3e-3,), (0,), 0,
                             budget="full"),
-    "writeup": Grid("the write-up's leaderboard model", ("writeup",), (1e-3, 3e-3), (0,), 0, budget="full"),
+    "writeup": Grid("the write-up's leaderboard model", ("writeup",), (3e-3, 1e-3), (0,), 0, budget="full"),
 }
 
 RUNS |= {cell.name: cell.recipe() for grid in GRIDS.values()
@@ -536,13 +550,14 @@ def measure_cell(model: nn.Module, config: TrainConfig, prepared: Prepared, sour
 # %% ../nbs/14_learning_rate.ipynb #81d611f7
 def run_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs", records: str | Path = "figures/runs",
              sources: Mapping | None = None, parts: TrainParts | None = None, progress: bool = True,
-             changes: Mapping | None = None) -> GridLog | None:
+             changes: Mapping | None = None, keep: bool = False) -> GridLog | None:
     """Train a cell and record it; None if it was interrupted. A run folder that is there is taken up again.
 
-    `parts` keeps compiled code from cell to cell; `sources` is the record NAME-sources.json of the corpus.
+    `parts` keeps compiled code from cell to cell; `sources` is the record NAME-sources.json of the corpus; with `keep`
+    the last checkpoint stays in the run folder.
     """
     parts = TrainParts() if parts is None else parts
-    config = cell_config(cell, prepared, runs_dir, changes)
+    config = cell_config(cell, prepared, runs_dir, {**(changes or {}), **({"keep_checkpoints": 1} if keep else {})})
     folder = Path(runs_dir) / cell.name
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     result = train(config, resume=folder.exists(), progress=progress, parts=parts)
@@ -550,7 +565,7 @@ def run_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs", r
     measures = measure_cell(parts.model, resolve_config(config), prepared, sources)
     _write_json(folder / "report.json", measures)
     record = record_run(folder, records, most_steps=250, digits=6)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not keep: shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return GridLog(cell, read_log(record))
 
 # %% ../nbs/14_learning_rate.ipynb #b346bb9c
@@ -566,9 +581,13 @@ def more_cells(grid: Grid, logs: Sequence[GridLog]) -> list[Cell]:
 
 
 def stages(grids: Sequence[Grid], logs: Callable[[], Sequence[GridLog]]) -> Iterator[list[Cell]]:
-    "The cells of grids that are run side by side: by seed, then the further seeds as far as `logs()` tells them."
-    for i in range(max(len(grid.seeds) for grid in grids)):
-        yield [c for grid in grids for c in grid.cells if c.seed == dict(enumerate(grid.seeds)).get(i)]
+    """The cells of grids that are run side by side: by seed, then the further seeds as far as `logs()` tells them.
+
+    Where all seeds are settled beforehand they are one stage, so that compiled code is used to its end."""
+    if all(not grid.more for grid in grids): yield [c for grid in grids for c in grid.cells]
+    else:
+        for i in range(max(len(grid.seeds) for grid in grids)):
+            yield [c for grid in grids for c in grid.cells if c.seed == dict(enumerate(grid.seeds)).get(i)]
     found = logs()
     yield [cell for grid in grids for cell in more_cells(grid, found)]
 
@@ -652,19 +671,22 @@ def stopping_at(until: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 # %% ../nbs/14_learning_rate.ipynb #01ce223d
-def work(queue: Queue, prepared: Callable[[int], Prepared], pace: Pace, *, runs_dir: str | Path,
-         sources: Mapping | None = None, changes: Mapping | None = None, say: Callable[[str], None] = print) -> int:
+def work(queue: Queue, prepared: Callable[[str | None, int], Prepared], pace: Pace, *, runs_dir: str | Path,
+         sources: Mapping | None = None, changes: Mapping | None = None, keep: Iterable[str] = (),
+         say: Callable[[str], None] = print) -> int:
     """Run cells from the queue until none is left or the time is short; how many were recorded.
 
-    `prepared(vocab_size)` gives tokens and tokenizer. A failure ends its cell only, three in a row end the work."""
+    `prepared(corpus, vocab_size)` gives tokens and tokenizer (corpus None: the grids' own); of the runs named in `keep`
+    the last checkpoint stays. A failure ends its cell only, three in a row end the work."""
     parts, done, failed, previous = TrainParts(), 0, 0, None
     while failed < 3 and (cell := queue.take()):
         compiled, previous = shape_of(cell) == previous, shape_of(cell)
         if not pace.fits(cell, compiled): return _leave(queue, cell, done, "no time is left for it", say)
         began = time.monotonic()
-        tokens = prepared(VARIANTS[cell.variant].vocab_size)
-        try: log = run_cell(cell, tokens, runs_dir=runs_dir, records=queue.records, sources=sources, parts=parts,
-                            progress=False, changes=changes)
+        try:
+            tokens = prepared(VARIANTS[cell.variant].corpus, VARIANTS[cell.variant].vocab_size)
+            log = run_cell(cell, tokens, runs_dir=runs_dir, records=queue.records, sources=sources, parts=parts,
+                           progress=False, changes=changes, keep=cell.name in keep)
         except KeyboardInterrupt: log = None
         except Exception as error:  # out of memory, say: the cells after it may well run
             failed, previous = failed + 1, None
@@ -703,6 +725,7 @@ def _arguments(words: Sequence[str] | None):
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
     parser.add_argument("--archive", type=Path, help="file that all records are packed into, .tar.xz")
+    parser.add_argument("--keep", nargs="*", default=[], metavar="RUN", help="keep the last checkpoint of these runs")
     parser.add_argument("--set", type=json.loads, default={}, help='settings of all runs as JSON, {"steps": 20}')
     parser.add_argument("--analyse", nargs="+", metavar="RUN", help="sharpness and noise along these runs instead")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -716,14 +739,14 @@ def _be_worker(args) -> None:
         line = f"{datetime.now(timezone.utc):%H:%M:%S} {args.worker} {text}"
         print(line, flush=True)
         log.write(line + "\n")
-    prepared = cache(lambda vocab_size: prepare_cells(args.corpus, vocab_size, args.directory))
+    prepared = cache(lambda corpus, vocab_size: prepare_cells(corpus or args.corpus, vocab_size, args.directory))
     groups = [[GRIDS[name] for name in names.split(",")] for names in args.grids]
     queue = Queue(groups, args.records, args.records / "claims", args.known)
     pace, changes = Pace(time.monotonic() + 60 * args.minutes), {"keep_checkpoints": 0} | args.set
     try:
         with stopping_at(pace.until):
             work(queue, prepared, pace, runs_dir=args.runs_dir, sources=read_sources(args.corpus, *args.known),
-                 changes=changes, say=say)
+                 changes=changes, keep=args.keep, say=say)
     except KeyboardInterrupt: say("stopped between two cells")
 
 # %% ../nbs/14_learning_rate.ipynb #5614c6fa
@@ -737,8 +760,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.analyse: return _analyse(args)
     if args.worker is not None: return _be_worker(args) or 0
     shutil.rmtree(args.records / "claims", ignore_errors=True)  # of processes that are no more
+    threads = max(1, (os.cpu_count() or 1) // args.gpus)  # processes that each take all cores wait for one another
     start = lambda i: subprocess.Popen([sys.executable, "-m", "cs336_lm.grids", *words, "--worker", str(i)],
-                                       env=os.environ | {"CUDA_VISIBLE_DEVICES": _visible(i)})
+                                       env=os.environ | {"CUDA_VISIBLE_DEVICES": _visible(i),
+                                                         "OMP_NUM_THREADS": str(threads)})
     workers = [start(i) for i in range(args.gpus)]
     signal.signal(signal.SIGTERM, lambda *_: [w.send_signal(signal.SIGINT) for w in workers])
     try: _watch(workers, args, began)
@@ -751,7 +776,8 @@ def _analyse(args) -> int:
     "Write the record RUN-analysis.json of each run that was named."
     for name in args.analyse:
         if (cell := parse_name(name)) is None: raise SystemExit(f"{name!r} is no run of a grid")
-        prepared = prepare_cells(args.corpus, VARIANTS[cell.variant].vocab_size, args.directory)
+        variant = VARIANTS[cell.variant]
+        prepared = prepare_cells(variant.corpus or args.corpus, variant.vocab_size, args.directory)
         record = analyse_cell(cell, prepared, runs_dir=args.runs_dir, changes=args.set)
         print(_write_json(args.records / f"{name}-analysis.json", record), flush=True)
     if args.archive: pack_records(args.records, args.archive)
@@ -1063,9 +1089,9 @@ def batch_of(g: GridLog) -> int: return g.log.header["config"]["batch_size"]
 
 
 def best_of_batches(grid: Sequence[GridLog]) -> dict[int, GridLog]:
-    "For each batch size the first seed of its best rate."
+    "For each batch size the first seed of its best rate; without `large_batches`, which are too short to say."
     best = {}
-    for variant in {g.variant for g in grid}:
+    for variant in {g.variant for g in grid} - set(GRIDS["large_batches"].variants):
         rate = best_rate(grid, variant)
         chosen = [g for g in grid if g.variant == variant and g.rate == rate]
         if chosen: best[batch_of(chosen[0])] = min(chosen, key=lambda g: g.seed)
@@ -1116,6 +1142,7 @@ def _costs(axes, best: Mapping[int, GridLog], grid: Sequence[GridLog], colours: 
     "The last row: final loss by rate of each batch size, tokens a second, memory."
     for g in best.values(): draw_rates(axes[0], grid, g.variant, colours[batch_of(g)], str(batch_of(g)))
     axes[0].set_ylabel("validation loss at the end")
+    best = dict(sorted(({batch_of(g): g for g in grid} | best).items()))
     sizes, logs = list(best), list(best.values())
     memory = [g.log.measures.get("peak_memory_bytes", math.nan) / 2**30 for g in logs]
     for ax, values, label in ((axes[1], [speed(g) / 1e6 for g in logs], "million tokens a second"),
@@ -1125,10 +1152,10 @@ def _costs(axes, best: Mapping[int, GridLog], grid: Sequence[GridLog], colours: 
         ax.xaxis.set_minor_locator(NullLocator())
 
 # %% ../nbs/14_learning_rate.ipynb #77231b5e
-def _grid_figure(plot: Callable, grids: Sequence[Grid], about: str) -> FigureRecipe:
-    "A figure that needs the first seed of the grids' cells and draws the others too where they are recorded."
+def _grid_figure(plot: Callable, grids: Sequence[Grid], about: str, others: Sequence[Grid] = ()) -> FigureRecipe:
+    "A figure that needs the first seed of the grids' cells and draws other seeds and grids too where they are recorded."
     first = [c.name for grid in grids for c in grid.cells if c.seed == grid.seeds[0]]
-    later = [c.name for grid in grids for s in (1, 2) for c in replace(grid, seeds=(s,)).cells]
+    later = [c.name for grid in (*grids, *others) for s in (0, 1, 2) for c in replace(grid, seeds=(s,)).cells]
     more = tuple(name for name in dict.fromkeys(later) if name not in first)
     return FigureRecipe(plot, tuple(dict.fromkeys(first)), about, more)
 
@@ -1149,7 +1176,8 @@ FIGURES |= {
     "fig1_learning_rate": _grid_figure(plot_learning_rate, [GRIDS["learning_rate"]], GRIDS["learning_rate"].about),
     "fig2_batch_size": _grid_figure(plot_batch_size,
                                     [GRIDS["batch_size"], replace(GRIDS["batch_size"], variants=("base",))],
-                                    "batch sizes, each at its best rate"),
+                                    "batch sizes, each at its best rate",
+                                    [GRIDS["batch_of_one"], GRIDS["large_batches"]]),
     "fig3_no_rmsnorm": _ablation_figure("no-rmsnorm", "no-rmsnorm-cosine800"),
     "fig4_post_norm": _ablation_figure("post-norm"), "fig5_nope": _ablation_figure("nope"),
     "fig6_silu": _ablation_figure("silu"),

@@ -160,10 +160,10 @@ def test_an_interrupted_cell_is_given_back_and_goes_on(prepared, tmp_path, monke
     changes = TOY | {"steps": 400, "log_every": 5}
     timer = threading.Timer(0.8, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    assert gr.work(queue, lambda _: prepared, gr.Pace(), runs_dir=tmp_path / "runs", changes=changes, say=lambda _: None) == 0
+    assert gr.work(queue, lambda *_: prepared, gr.Pace(), runs_dir=tmp_path / "runs", changes=changes, say=lambda _: None) == 0
     timer.join()
     assert queue.is_open(cell) and not list((tmp_path / "rec").glob("*.jsonl"))
-    assert gr.work(queue, lambda _: prepared, gr.Pace(), runs_dir=tmp_path / "runs", changes=changes, say=lambda _: None) == 1
+    assert gr.work(queue, lambda *_: prepared, gr.Pace(), runs_dir=tmp_path / "runs", changes=changes, say=lambda _: None) == 1
     log = ex.read_record(cell.name, tmp_path / "rec")
     assert log.status == "finished" and log.steps[-1]["step"] == 400 and column(log.steps, "step") == sorted(column(log.steps, "step"))
 
@@ -176,8 +176,8 @@ def test_a_failing_cell_is_passed_by_and_the_clock_is_kept(prepared, tmp_path, m
         return ran(cell, *args, **kwargs)
     monkeypatch.setattr(gr, "run_cell", failing)
     args = dict(runs_dir=tmp_path / "runs", changes=TOY, say=said.append)
-    assert gr.work(queue, lambda _: prepared, gr.Pace(time.monotonic() + 1.0), **args) == 0 and "no time" in said[-1]
-    assert gr.work(queue, lambda _: prepared, gr.Pace(), **args) == 2
+    assert gr.work(queue, lambda *_: prepared, gr.Pace(time.monotonic() + 1.0), **args) == 0 and "no time" in said[-1]
+    assert gr.work(queue, lambda *_: prepared, gr.Pace(), **args) == 2
     with pytest.raises(KeyboardInterrupt), gr.stopping_at(time.monotonic() + 0.05): time.sleep(5)
     time.sleep(0.1)  # and no longer
     assert any("not enough memory" in line for line in said) and not queue.is_done(grid.cells[1])
