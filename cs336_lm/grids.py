@@ -13,7 +13,7 @@ __all__ = ['BUDGETS', 'VARIANTS', 'ABLATED', 'ABLATION_RATES', 'GRIDS', 'RUNS', 
            'sharpness', 'gradient_noise', 'critical_batch', 'adam_scales', 'analyse_cell', 'distinct', 'copied',
            'text_loss', 'smoothed', 'as_grid', 'rate_colours', 'draw_rates', 'plot_learning_rate', 'grid_caption',
            'draw_band', 'plot_ablation', 'plot_ablation_grid', 'batch_of', 'best_of_batches', 'speed',
-           'plot_batch_size', 'plot_web', 'rate_table', 'figure_png']
+           'plot_batch_size', 'adam_limit', 'plot_edge', 'plot_web', 'rate_table', 'figure_png']
 
 # %% ../nbs/14_learning_rate.ipynb #a3419486
 import argparse, json, math, os, re, shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
@@ -209,8 +209,8 @@ GRIDS: dict[str, Grid] = {
                          (1e-3, 3e-3, 1e-2), (0,), 1, (1, 2)),
     "full": Grid("best and worst cells that train, of the rates and of the ablations, at the full budget",
                  ("base", "silu"), (3e-3,), (0,), 0, budget="full", besides=(("no-rmsnorm", 3e-4), ("base", 3e-1))),
-    "other_texts": Grid("32,000 entries, and the grammar's stories, at the small budget", ("web32k",), (3e-3,),
-                        (0, 1, 2), 0, besides=(("grammar", 3e-3),)),
+    "other_vocabulary": Grid("32,000 entries at the small budget", ("web32k",), (3e-3,), (0, 1, 2), 0),
+    "grammar": Grid("the embedded grammar's stories at the small budget", ("grammar",), (3e-3,), (0, 1, 2), 0),
     "main_experiment": Grid("the same model and steps with 32,000 entries", ("web32k",), (3e-3,), (0,), 0,
                             budget="full"),
     "writeup": Grid("the write-up's leaderboard model", ("writeup",), (3e-3, 1e-3), (0,), 0, budget="full"),
@@ -773,13 +773,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _analyse(args) -> int:
-    "Write the record RUN-analysis.json of each run that was named."
+    "Analyse and record each run that was named."
     for name in args.analyse:
         if (cell := parse_name(name)) is None: raise SystemExit(f"{name!r} is no run of a grid")
         variant = VARIANTS[cell.variant]
         prepared = prepare_cells(variant.corpus or args.corpus, variant.vocab_size, args.directory)
-        record = analyse_cell(cell, prepared, runs_dir=args.runs_dir, changes=args.set)
-        print(_write_json(args.records / f"{name}-analysis.json", record), flush=True)
+        print(analyse_cell(cell, prepared, runs_dir=args.runs_dir, records=args.records, changes=args.set).name, flush=True)
     if args.archive: pack_records(args.records, args.archive)
     return 0
 
@@ -837,10 +836,10 @@ def gradient_noise(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
             "batches": n}
 
 
-def critical_batch(record: Mapping) -> float:
-    "The noise scale at the last measured step of a record of `analyse_cell`, in tokens."
-    last = record["points"][-1]
-    return last["noise_scale"] * record["context_length"]
+def critical_batch(log: RunLog) -> float:
+    "The last finite noise scale in a record of `analyse_cell`, in tokens; NaN where there is none."
+    scales = [p["noise_scale"] for p in log.measures["points"] if p["noise_scale"] is not None]
+    return (scales or [math.nan])[-1] * log.header["config"]["model"]["context_length"]
 
 # %% ../nbs/14_learning_rate.ipynb #f45db910
 def adam_scales(checkpoint: Mapping, model: nn.Module) -> list[Tensor]:
@@ -855,13 +854,13 @@ def adam_scales(checkpoint: Mapping, model: nn.Module) -> list[Tensor]:
     return scales
 
 # %% ../nbs/14_learning_rate.ipynb #cb3fff98
-def analyse_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs", points: int = 10, rows: int = 32,
-                 noise_batches: int = 64, iterations: int = 20, device: str = "auto",
-                 changes: Mapping | None = None) -> dict:
+def analyse_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs",
+                 records: str | Path = "figures/runs", points: int = 10, rows: int = 32, noise_batches: int = 64,
+                 iterations: int = 20, device: str = "auto", changes: Mapping | None = None) -> RunLog:
     """Train a cell with checkpoints on the way; at each, sharpness (plain, and with Adam's scales) and noise scale.
 
-    `rows` rows a batch; uncompiled, float32, chapter 07's own attention. The record: {"points": [{"step", "lr",
-    "loss", "sharpness", "adam_sharpness", "noise_scale"}], ...}."""
+    `rows` rows a batch; uncompiled, float32, chapter 07's own attention. The record NAME-checkpoints has the measure
+    `points`, a list of {"step", "lr", "loss", "sharpness", "adam_sharpness", "noise_scale"} (the last in rows; None: more batches are needed)."""
     config = cell_config(cell, prepared, runs_dir, changes)
     every = max(1, config.steps // points)
     config = replace(config, name=f"{cell.name}-checkpoints", checkpoint_every=every, keep_checkpoints=points + 1)
@@ -871,8 +870,9 @@ def analyse_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs
     data = open_rows(config.train_tokens, config.model)
     found = [_analyse_checkpoint(path, config, data, where, rows, noise_batches, iterations)
              for path in reversed(list_checkpoints(folder))]
-    return {"run": cell.name, "rate": cell.rate, "betas": config.betas, "rows": rows, "noise_batches": noise_batches,
-            "context_length": config.model.context_length, "header": read_log(folder).header["device"], "points": found}
+    _write_json(folder / "report.json", {"rows": rows, "noise_batches": noise_batches, "iterations": iterations,
+                                         "points": found})
+    return read_log(record_run(folder, records, most_steps=250, digits=6))
 
 
 def _analyse_checkpoint(path: Path, config: TrainConfig, data: TokenRows, where: torch.device, rows: int,
@@ -886,10 +886,11 @@ def _analyse_checkpoint(path: Path, config: TrainConfig, data: TokenRows, where:
     inputs, targets = batch(0)
     with torch.no_grad(): loss = float(cross_entropy(model(inputs), targets))
     scales = adam_scales(checkpoint, model)
+    noise = gradient_noise(model, (batch(1 + i) for i in range(noise_batches)))["scale"]
     return {"step": step, "lr": learning_rate(config, step), "loss": loss,
             "sharpness": sharpness(model, inputs, targets, iterations=iterations),
             "adam_sharpness": sharpness(model, inputs, targets, scales=scales, iterations=iterations),
-            "noise_scale": gradient_noise(model, (batch(1 + i) for i in range(noise_batches)))["scale"]}
+            "noise_scale": noise if math.isfinite(noise) else None}
 
 # %% ../nbs/14_learning_rate.ipynb #2d1699a6
 def distinct(texts: Iterable[str], n: int) -> float:
@@ -1152,6 +1153,36 @@ def _costs(axes, best: Mapping[int, GridLog], grid: Sequence[GridLog], colours: 
         ax.xaxis.set_minor_locator(NullLocator())
 
 # %% ../nbs/14_learning_rate.ipynb #77231b5e
+def adam_limit(lr: float, beta1: float) -> float:
+    "The preconditioned sharpness at which Adam at a fixed rate becomes unstable (Cohen et al. 2022)."
+    return (2 + 2 * beta1) / ((1 - beta1) * lr)
+
+
+@styled
+def plot_edge(logs: Sequence[RunLog]) -> Figure:
+    "Adam's sharpness and its limit, the plain one and 2 / rate, gradient noise; along runs that were analysed."
+    figure = Figure(figsize=(11, 3.8))
+    axes = figure.subplots(1, 3)
+    for log, colour, line in zip(logs, PALETTE, LINE_STYLES): _along_run(axes, log, colour, line)
+    axes[2].axhline(logs[0].header["config"]["batch_size"], color=PALETTE[3], ls=":", lw=1.2, label="the batch")
+    for ax, title in zip(axes, ("Adam's sharpness; thin: 38 / rate", "sharpness; thin: 2 / rate", "gradient noise scale (rows)")):
+        ax.set(title=title, xlabel="step", yscale="log")
+        ax.legend(title="peak rate", fontsize=8)
+    figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
+    return figure
+
+
+def _along_run(axes, log: RunLog, colour: str, line: str) -> None:
+    "One run's curves in the three panels, with the limits of its rate at each step."
+    points, config = log.measures["points"], log.header["config"]
+    steps, rates = (np.array([p[k] for p in points]) for k in ("step", "lr"))
+    limits = (adam_limit(rates, config["betas"][0]), 2 / rates, None)
+    for ax, key, limit in zip(axes, ("adam_sharpness", "sharpness", "noise_scale"), limits):
+        values = [abs(p[key]) if p[key] is not None else math.nan for p in points]
+        ax.plot(steps, values, "o" + line, color=colour, ms=4, label=rate_text(config["max_lr"]))
+        if limit is not None: ax.plot(steps, limit, color=colour, lw=0.8, ls=line)
+
+# %% ../nbs/14_learning_rate.ipynb #8546a30c
 def _grid_figure(plot: Callable, grids: Sequence[Grid], about: str, others: Sequence[Grid] = ()) -> FigureRecipe:
     "A figure that needs the first seed of the grids' cells and draws other seeds and grids too where they are recorded."
     first = [c.name for grid in grids for c in grid.cells if c.seed == grid.seeds[0]]
@@ -1172,6 +1203,8 @@ def plot_web(logs: Sequence[RunLog]) -> Figure:
 
 
 FIGURES |= {
+    "edge_of_stability": FigureRecipe(plot_edge, tuple(f"small-base-lr{rate}-seed0-checkpoints" for rate in ("3e-3", "3e-1")),
+                                      "sharpness and gradient noise along a good run and at the largest stable rate"),
     "fig7_openwebtext": FigureRecipe(plot_web, GRIDS["writeup"].runs, VARIANTS["writeup"].about),
     "fig1_learning_rate": _grid_figure(plot_learning_rate, [GRIDS["learning_rate"]], GRIDS["learning_rate"].about),
     "fig2_batch_size": _grid_figure(plot_batch_size,
