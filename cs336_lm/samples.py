@@ -157,7 +157,8 @@ def sample_run(run: str | os.PathLike, train_text: str | os.PathLike, valid_text
                device: str = "auto", processes: int | None = None) -> Path:
     """Write the record NAME-samples.json of a trained run: settings, numbers of each setting and of held-out text, one text a prompt and setting.
 
-    `train_text`, `valid_text`: the text files that the run's tokens were made of. FileNotFoundError where a checkpoint, the tokenizer or a text is missing."""
+    `train_text`, `valid_text`: the text files that the run's tokens were made of. FileNotFoundError where a checkpoint,
+    the tokenizer or a text is missing."""
     log, (model, config, tokenizer) = read_log(run), load_model(run, device)
     if tokenizer is None: raise FileNotFoundError(f"{run} was trained with a tokenizer that is not where its configuration says")
     written = [write_texts(model, tokenizer, sampling, prompts, copies, tokens, seed) for sampling in samplings]
@@ -249,7 +250,8 @@ def run_grammar(seed: int, prepared: Prepared, *, runs_dir: str | os.PathLike = 
 # %% ../nbs/16_openwebtext.ipynb #08b27a86
 def main(words: Sequence[str] | None = None) -> int:
     "Samples of trained runs, or the runs on the grammar's stories."
-    parser = argparse.ArgumentParser(prog="python -m cs336_lm.samples", description="Samples of trained runs with numbers; runs on the grammar's stories.")
+    parser = argparse.ArgumentParser(prog="python -m cs336_lm.samples", description="Samples of trained runs with numbers; runs on the "
+                                                                                    "grammar's stories.")
     parser.add_argument("runs", nargs="*", type=Path, help="run folders with a checkpoint: write NAME-samples.json of each")
     parser.add_argument("--grammar", nargs="*", type=int, metavar="SEED", help="first train and record the grammar's cell with these seeds")
     parser.add_argument("--directory", type=Path, help="of texts, tokenizers and token files; default: CS336_DATA")

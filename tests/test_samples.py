@@ -1,13 +1,14 @@
 """Chapter 16: samples with numbers, copies found by several processes, the grammar's stories at the size of an experiment."""
-import json, math, statistics
+import json, math, re, shutil, statistics
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cs336_lm import experiments as ex, samples as sa
+from cs336_lm import experiments as ex, grids, samples as sa
 from cs336_lm.corpora import END_OF_TEXT, read_documents
 from cs336_lm.dataset import encode_file
 from cs336_lm.grids import copied, distinct, text_loss
@@ -114,3 +115,85 @@ def test_the_module_is_a_command(run, grammar, tmp_path, capsys):
     assert sa.main(words.split()) == 0 and f"{run[0].name}-samples.json" in capsys.readouterr().out
     found = json.loads((tmp_path / f"{run[0].name}-samples.json").read_text())
     assert len(found["settings"]) == len(sa.SAMPLINGS) and [s["prompt"] for s in found["settings"][0]["samples"]] == list(sa.PROMPTS)
+
+
+# --- the chapter, from made-up records
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT / "figures/runs"
+
+
+def run_chapter(name: str, records: Path, monkeypatch) -> dict:
+    "The names that a chapter defines, run with the records of another folder."
+    pytest.importorskip("IPython")
+    monkeypatch.chdir(ROOT / "nbs")
+    space = {"__name__": "chapter"}
+    for cell in json.loads(Path(name).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"]).replace('Path("../figures/runs")', f"Path({str(records)!r})")
+        if cell["cell_type"] != "code" or re.search(r"^#\| *(slow|cuda|eval: *false)|^from cs336_lm.samples", source, flags=re.M): continue
+        exec(compile(source, name, "exec"), space)
+    return space
+
+
+def made_up(records: Path, name: str, loss: float, entries: int = 10_000, corpus: str = "web-488MB", **measures) -> float:
+    "A record like a real one with other numbers; its bits a byte."
+    lines = [json.loads(line) for line in (REAL / "small-base-lr3e-3-seed0.jsonl").read_text().splitlines()]
+    header, last = lines[0], [line for line in lines if line["kind"] == "eval"][-1]
+    cell = grids.parse_name(name)
+    header["name"], header["corpus"]["name"], header["tokenizer"]["vocab_size"] = name, corpus, entries
+    header["config"] |= {"max_lr": cell.rate, "seed": cell.seed, "batch_size": cell.settings["batch_size"], "cosine_steps": cell.settings.get("cosine_steps")}
+    header["config"]["model"] |= {k: v for k, v in vars(cell.settings["model"]).items() if k != "attention"}
+    if entries == 32_000: header["tokens"] = {"train": 110_565_890, "valid": 1_422_357}
+    bits = loss / math.log(2) * header["tokens"]["valid"] / sum(json.loads((REAL / "web-488MB-sources.json").read_text())["bytes"])
+    last |= {"loss": loss, "bits_per_byte": bits}
+    end = lines.pop()
+    lines = [line for line in lines if line["kind"] != "measure"] + [{"kind": "measure", "name": k, "value": v} for k, v in ({"unigram_entropy": 7.2} | measures).items()]
+    (records / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*lines, end)))
+    return bits
+
+
+@pytest.fixture
+def records(tmp_path):
+    "The real records that the chapters start from."
+    for pattern in ("demo.jsonl", "tinystories-9MB.jsonl", "small-[bns]*-lr*.jsonl", "small-post*.jsonl", "web-488MB-sources.json"):
+        for path in REAL.glob(pattern): shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_the_web_chapter_answers_from_records_that_come(records, run, grammar, monkeypatch):
+    chapter = run_chapter("16_openwebtext.ipynb", records, monkeypatch)
+    assert "ending" in chapter["answer_main_experiment"]() and "ending" in chapter["told_by_the_clock"]() and "ending" in chapter["some_texts"]()
+    losses = {"small": 3.9, "full": 3.31}
+    sources = json.loads((REAL / "web-488MB-sources.json").read_text())
+    per_document = {"document_losses": [4.0 * (b - a) for a, b in zip(sources["starts"], [*sources["starts"][1:], sources["tokens"]])]}
+    for seed in range(3): made_up(records, f"small-web32k-lr3e-3-seed{seed}", losses["small"] + seed / 100, 32_000, **per_document)
+    made_up(records, "full-base-lr3e-3-seed0", 3.111)
+    bits = made_up(records, "full-web32k-lr3e-3-seed0", losses["full"], 32_000, **per_document)
+    made_up(records, "small-grammar-lr3e-3-seed0", 0.523, 1_119, "grammar", floor=0.5078)
+    made_up(records, "full-writeup-lr1e-3-seed0", 3.222, 32_000)
+    made_up(records, "full-writeup-lr3e-3-seed0", 3.2, 32_000)
+    made = sa.sample_run(run[1], grammar.corpus.train, grammar.corpus.valid, records=records, copies=1, tokens=40, device="cpu", processes=1)
+    for name in ("full-web32k-lr3e-3-seed0", "tinystories-9MB"): shutil.copy(made, records / f"{name}-samples.json")
+    after = run_chapter("16_openwebtext.ipynb", records, monkeypatch)
+    answer = after["answer_main_experiment"]()
+    for told in ("3.310", f"{bits:.3f}", "above the 0.508", "0.015", "3.111"): assert told in answer, told
+    assert "ending" not in answer
+    assert "ending" not in after["losses_by_text"]() + after["told_by_the_clock"]() + after["answer_text"]() + after["numbers_table"]("tinystories-9MB")
+    assert after["some_texts"]().count("\n\n>") == 9 and "python" in after["some_texts"]()
+    assert after["by_source"]().count("|\n") >= 3 and after["explained"]().count("\n") >= 7
+
+
+def test_the_ablations_tell_whether_the_gap_grows(records, monkeypatch):
+    for path in records.glob("small-*context512*"): path.unlink()
+    after = run_chapter("15_ablations.ipynb", records, monkeypatch)
+    assert "ending" in after["told_long_context"]()
+    for rate, low in (("1e-3", 4.1), ("3e-3", 3.9)):
+        for seed in range(3 if rate == "3e-3" else 1):
+            made_up(records, f"small-rope-context512-32k-lr{rate}-seed{seed}", low + seed / 500, 32_000)
+            made_up(records, f"small-nope-context512-32k-lr{rate}-seed{seed}", low + 0.5 + seed / 490, 32_000)
+    if not (records / "small-nope-lr3e-3-seed2.jsonl").is_file():
+        made_up(records, "small-nope-lr3e-3-seed2", ex.read_record("small-nope-lr3e-3-seed0", records).evals[-1]["loss"])
+    answer = run_chapter("15_ablations.ipynb", records, monkeypatch)["told_long_context"]()
+    assert "ending" not in answer and "+0.500" in answer and "grows" in answer
+    for seed in (1, 2): (records / f"small-nope-context512-32k-lr3e-3-seed{seed}.jsonl").unlink()
+    assert "too few seeds" in run_chapter("15_ablations.ipynb", records, monkeypatch)["told_long_context"]()
