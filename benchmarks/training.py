@@ -13,7 +13,7 @@ autocast, PyTorch's fused AdamW and clipping. Llama gets our initial weights, so
 import sys, time
 STARTED = time.time()
 sys.path.pop(0)  # this folder, whose tokenizers.py would stand in for the package that transformers imports
-import argparse, json, re, statistics, tempfile
+import argparse, gc, json, re, statistics, tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,8 +25,8 @@ from torch import nn
 from cs336_lm.accounting import flops_per_token
 from cs336_lm.kernels import fused_training_loss, kernel_errors, use_kernels
 from cs336_lm.optimization import AdamW, adamw_update_capturable
-from cs336_lm.training import (TrainConfig, TrainParts, TrainStep, build_run, device_name, float32_products, loop_rate, resolve_config, train,
-                               training_loss)
+from cs336_lm.training import (TrainConfig, TrainParts, TrainStep, build_run, device_name, finish_saving, float32_products, loop_rate, resolve_config,
+                               save_run, train, training_loss)
 from cs336_lm.transformer import ModelConfig, TransformerLM
 
 CUDA = torch.cuda.is_available()
@@ -187,6 +187,7 @@ def matmul_rate() -> float:
 def compare(batch_size: int, tokens: Path | None, steps: int, repeats: int) -> list[dict]:
     "Ours and the peers in turn, `repeats` times `steps` steps each."
     torch.compiler.reset()
+    gc.collect()  # what an earlier batch size left would be freed during the first step here, and its memory come out too small
     batches, makers, rows = Batches(tokens, batch_size), {}, []
     ours = Ours(batch_size)
     makers["ours"] = ours
@@ -230,23 +231,44 @@ def ladder(batch_size: int, tokens: Path | None, steps: int) -> Iterator[list[di
 
 
 def loop(batch_size: int, tokens: Path, steps: int, repeats: int = 5) -> dict:
-    "Tokens a second of a whole run of `train` and of its step alone on one batch; evaluations are left out of both."
+    """Tokens a second of a whole run of `train` and of its step alone on one batch; evaluations are left out of both.
+
+    Checkpoints come as often as a run's default says, two of them before the log's last line; how long the loop stands still for one is measured by itself.
+    """
+    log_every = min(TrainConfig.log_every, max(1, steps // 5))
+    every = min(TrainConfig.checkpoint_every, (steps - log_every) // 2)
     config = TrainConfig(name="loop", train_tokens=str(tokens), valid_tokens=str(tokens), model=MODEL, batch_size=batch_size, steps=steps, max_lr=RATE, warmup_steps=steps // 10,
-                         min_lr=RATE / 10, log_every=10, eval_every=0, checkpoint_every=steps // 4, keep_checkpoints=2, **OPTIMIZER)
+                         min_lr=RATE / 10, log_every=log_every, eval_every=0, checkpoint_every=every, keep_checkpoints=2, **OPTIMIZER)
     parts, records = TrainParts(), []
     with tempfile.TemporaryDirectory() as folder:
-        result = train(replace(config, runs_dir=folder), progress=False, parts=parts, on_record=records.append)
+        config = replace(config, runs_dir=folder)
+        result = train(config, progress=False, parts=parts, on_record=records.append)
         if result.status != "finished": raise RuntimeError(f"the loop's run ended as {result.status}: {result.reason}")
-        run = build_run(resolve_config(replace(config, runs_dir=folder)), parts)
-    data = run.batch(1)
-    bare = lambda *_: run.train_step(*data, RATE)
-    timed(bare, lambda _: (), 0, 8)
-    seconds = statistics.median(timed(bare, lambda _: (), 0, max(2, steps // 20)) for _ in range(repeats))
-    found = {"batch": batch_size, "steps": steps, "checkpoints": 4, "loop_tokens_per_second": loop_rate(records), "step_tokens_per_second": batch_size * MODEL.context_length / seconds,
-             "eval_seconds": [r["eval_seconds"] for r in records if r["kind"] == "eval"], "evaluated_tokens": len(np.load(tokens, mmap_mode="r"))}
+        run = build_run(resolve_config(config), parts)
+        data = run.batch(1)
+        bare = lambda *_: run.train_step(*data, RATE)
+        timed(bare, lambda _: (), 0, 8)
+        seconds = statistics.median(timed(bare, lambda _: (), 0, max(2, min(50, steps // 20))) for _ in range(repeats))
+        saves = [saving_seconds(run) for _ in range(3)]
+    rate = loop_rate([r for r in records if r.get("step", 0) > 1])  # the line of step 1 comes before the step's recording as a CUDA graph
+    found = {"batch": batch_size, "steps": steps, "checkpoint_every": every, "checkpoints": steps // every, "loop_tokens_per_second": rate,
+             "step_tokens_per_second": batch_size * MODEL.context_length / seconds, "eval_seconds": [r["eval_seconds"] for r in records if r["kind"] == "eval"],
+             "evaluated_tokens": len(np.load(tokens, mmap_mode="r")), "checkpoint_seconds": [held for held, _ in saves], "written_seconds": [written for _, written in saves]}
     found["share"] = found["loop_tokens_per_second"] / found["step_tokens_per_second"]
-    print(f"whole loop, batch {batch_size}: {found['loop_tokens_per_second'] / 1e6:.4f} Mtok/s, {found['share']:.1%} of the step alone", flush=True)
+    print(f"whole loop, batch {batch_size}: {found['loop_tokens_per_second'] / 1e6:.4f} Mtok/s, {found['share']:.1%} of the step alone, a checkpoint every {every} steps; "
+          f"it holds the loop for {', '.join(f'{1e3 * held:.0f}' for held, _ in saves)} ms and is on the disk after {', '.join(f'{1e3 * written:.0f}' for _, written in saves)} ms", flush=True)
     return found
+
+
+def saving_seconds(run) -> tuple[float, float]:
+    "Seconds until a step could follow a checkpoint of the run (the device has copied its state), and until it is on the disk."
+    synchronize()
+    began = time.perf_counter()
+    save_run(run)
+    synchronize()
+    held = time.perf_counter() - began
+    finish_saving(run)
+    return held, time.perf_counter() - began
 
 
 KINDS = [("attention", "_attention_"), ("loss", "_cross_entropy"), ("matrix products", "nvjet|gemm|cutlass|splitK"), ("SiLU and gate", "triton_poi.*sigmoid"),
@@ -279,7 +301,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--ladder", action="store_true", help="also what each change bought (CUDA)")
     parser.add_argument("--profile", action="store_true", help="also where a step's time goes (CUDA)")
-    parser.add_argument("--loop", type=int, nargs="?", const=400 if CUDA else 40, default=0, metavar="STEPS", help="also the whole loop as a share of the step (needs --tokens)")
+    parser.add_argument("--loop", type=int, nargs="?", const=2_010 if CUDA else 40, default=0, metavar="STEPS", help="also the whole loop as a share of the step (needs --tokens)")
     parser.add_argument("--record", type=Path, help="JSON file for the numbers")
     parser.add_argument("--first-step", action="store_true", help="only the seconds to the first finished step")
     args = parser.parse_args()
