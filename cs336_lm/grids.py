@@ -213,7 +213,7 @@ GRIDS: dict[str, Grid] = {
     "grammar": Grid("the embedded grammar's stories at the small budget", ("grammar",), (3e-3,), (0, 1, 2), 0),
     "main_experiment": Grid("the same model and steps with 32,000 entries", ("web32k",), (3e-3,), (0,), 0,
                             budget="full"),
-    "writeup": Grid("the write-up's leaderboard model", ("writeup",), (3e-3, 1e-3), (0,), 0, budget="full"),
+    "writeup": Grid("the write-up's leaderboard model", ("writeup",), (3e-3,), (0,), 0, budget="full"),
 }
 
 RUNS |= {cell.name: cell.recipe() for grid in GRIDS.values()
@@ -528,7 +528,9 @@ def cell_config(cell: Cell, prepared: Prepared, runs_dir: str | Path, changes: M
     "The `TrainConfig` of a cell; `changes` are settings, those under \"model\" fields of its model."
     changes = dict(changes or {})
     model = replace(cell.settings["model"], **changes.pop("model", {}))
-    return run_config(cell.recipe(prepared.corpus.name), prepared, runs_dir, **{**changes, "model": model})
+    config = run_config(cell.recipe(prepared.corpus.name), prepared, runs_dir, **{**changes, "model": model})
+    if VARIANTS[cell.variant].corpus is None: return config
+    return replace(config, model=replace(config.model, vocab_size=model.vocab_size))  # a small text's tokenizer is smaller
 
 
 @cache
@@ -1199,7 +1201,10 @@ def _ablation_figure(*variants: str) -> FigureRecipe:
 
 def plot_web(logs: Sequence[RunLog]) -> Figure:
     "The write-up's leaderboard model on the web text, by wall clock."
-    return plot_loss(logs, "seconds", title=VARIANTS["writeup"].about.capitalize())
+    figure = plot_loss(logs, "seconds", title=VARIANTS["writeup"].about.capitalize())
+    figure.set_size_inches(9, 4.5)
+    figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
+    return figure
 
 
 FIGURES |= {
