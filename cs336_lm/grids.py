@@ -1123,7 +1123,7 @@ def plot_batch_size(logs: Sequence[RunLog]) -> Figure:
         ax.legend(fontsize=8)
     for ax, x in zip(axes[1], ("tokens", "step", "seconds")): _against(ax, best, colours, x)
     _costs(axes[2], best, as_grid(logs), colours)
-    figure.suptitle("Batch size: each at the best of its rates", fontsize=12)
+    figure.suptitle("Batch size: each at the best of its rates; the smallest with fewer tokens", fontsize=12)
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
     return figure
 
@@ -1167,7 +1167,7 @@ def plot_edge(logs: Sequence[RunLog]) -> Figure:
     axes = figure.subplots(1, 3)
     for log, colour, line in zip(logs, PALETTE, LINE_STYLES): _along_run(axes, log, colour, line)
     axes[2].axhline(logs[0].header["config"]["batch_size"], color=PALETTE[3], ls=":", lw=1.2, label="the batch")
-    for ax, title in zip(axes, ("Adam's sharpness; thin: 38 / rate", "sharpness; thin: 2 / rate", "gradient noise scale (rows)")):
+    for ax, title in zip(axes, ("Adam's sharpness (hollow: negative); thin: 38 / rate", "sharpness; thin: 2 / rate", "gradient noise scale (rows)")):
         ax.set(title=title, xlabel="step", yscale="log")
         ax.legend(title="peak rate", fontsize=8)
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
@@ -1182,6 +1182,8 @@ def _along_run(axes, log: RunLog, colour: str, line: str) -> None:
     for ax, key, limit in zip(axes, ("adam_sharpness", "sharpness", "noise_scale"), limits):
         values = [abs(p[key]) if p[key] is not None else math.nan for p in points]
         ax.plot(steps, values, "o" + line, color=colour, ms=4, label=rate_text(config["max_lr"]))
+        negative = [i for i, p in enumerate(points) if (p[key] or 0) < 0]
+        ax.plot(steps[negative], np.array(values)[negative], "o", color=colour, mfc="white", ms=4)
         if limit is not None: ax.plot(steps, limit, color=colour, lw=0.8, ls=line)
 
 # %% ../nbs/14_learning_rate.ipynb #8546a30c
@@ -1203,6 +1205,9 @@ def plot_web(logs: Sequence[RunLog]) -> Figure:
     "The write-up's leaderboard model on the web text, by wall clock."
     figure = plot_loss(logs, "seconds", title=VARIANTS["writeup"].about.capitalize())
     figure.set_size_inches(9, 4.5)
+    low, high = min(log.evals[-1]["loss"] for log in logs), max(log.evals[0]["loss"] for log in logs)
+    figure.axes[0].set(ylim=(low - 0.2, low + 3))
+    if high > low + 3: figure.axes[0].text(0.01, 0.97, f"begins at {high:.0f} nats", transform=figure.axes[0].transAxes, va="top")
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
     return figure
 
