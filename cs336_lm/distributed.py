@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import EnumMeta
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -429,8 +430,15 @@ INDEX_NAMES = {
 }
 
 # %% ../nbs/10b_distributed.ipynb #2c2916e6
+def _enum_member(owner: object, name: str) -> object:
+    "What `getattr` may do in an index: Python 3.11.0 to 3.11.3 pickle a member of an enumeration as a call of it."
+    if isinstance(owner, EnumMeta) and name in owner.__members__: return owner[name]
+    raise pickle.UnpicklingError(f"the index asks for {name} of {owner}, which no index of tensors needs")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
+        if (module, name) == ("builtins", "getattr"): return _enum_member
         if name in INDEX_NAMES.get(module, ()): return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which no index of tensors needs")
 

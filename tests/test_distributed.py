@@ -261,3 +261,12 @@ def test_plan_fits_and_says_when_it_does_not():
             assert 0 < low <= high <= 2 * low
     with pytest.raises(ValueError, match="one row needs .* take a higher stage or more GPUs"): d.plan_step(config, d.Cluster(8, memory=24e9), 0, 512)
     assert d.plan_step(config, d.Cluster(8, memory=24e9), 3, 512).micro_batch >= 1
+
+
+def test_an_index_may_name_members_of_enumerations_and_nothing_else_by_getattr():
+    import enum, os
+    from cs336_lm.distributed import _enum_member
+    class Colour(enum.Enum): RED = 1
+    assert _enum_member(Colour, "RED") is Colour.RED
+    for owner, name in ((os, "system"), (Colour, "__class__"), (Colour, "mro")):
+        with pytest.raises(pickle.UnpicklingError): _enum_member(owner, name)
