@@ -1201,6 +1201,7 @@ def _ablation_figure(*variants: str) -> FigureRecipe:
     return _grid_figure(plot_ablation, [grid, *more], "; ".join(VARIANTS[v].about for v in variants))
 
 
+@styled
 def plot_web(logs: Sequence[RunLog]) -> Figure:
     "The write-up's leaderboard model on the web text, by wall clock."
     figure = plot_loss(logs, "seconds", title=VARIANTS["writeup"].about.capitalize())
