@@ -10,10 +10,11 @@ __all__ = ['BUDGETS', 'VARIANTS', 'ABLATED', 'ABLATION_RATES', 'GRIDS', 'RUNS', 
            'grid_logs', 'losses_by_rate', 'best_rates', 'best_rate', 'compare_variants', 'largest_stable_rate',
            'RateFit', 'fit_minimum', 'prepare_cells', 'read_sources', 'cell_config', 'measure_cell', 'run_cell',
            'more_cells', 'stages', 'Queue', 'shape_of', 'Pace', 'stopping_at', 'work', 'pack_records', 'main',
-           'sharpness', 'gradient_noise', 'critical_batch', 'adam_scales', 'analyse_cell', 'distinct', 'copied',
-           'text_loss', 'smoothed', 'as_grid', 'rate_colours', 'draw_rates', 'plot_learning_rate', 'grid_caption',
-           'draw_band', 'plot_ablation', 'plot_ablation_grid', 'batch_of', 'best_of_batches', 'speed',
-           'plot_batch_size', 'adam_limit', 'plot_edge', 'plot_web', 'rate_table', 'figure_png']
+           'hessian_products', 'spectrum_ends', 'sharpness', 'gradient_noise', 'critical_batch', 'adam_scales',
+           'analyse_cell', 'distinct', 'copied', 'text_loss', 'smoothed', 'as_grid', 'rate_colours', 'draw_rates',
+           'plot_learning_rate', 'grid_caption', 'draw_band', 'plot_ablation', 'plot_ablation_grid', 'batch_of',
+           'best_of_batches', 'speed', 'plot_batch_size', 'adam_limit', 'plot_edge', 'plot_web', 'rate_table',
+           'figure_png']
 
 # %% ../nbs/14_learning_rate.ipynb #a3419486
 import argparse, json, math, os, re, shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
@@ -193,8 +194,12 @@ GRIDS: dict[str, Grid] = {
     "batch_size": Grid("batches of 8 to 1,024 rows, three rates each",
                        ("batch512", "batch128", "batch256", "batch32", "batch1024", "batch8"), (1e-3, 3e-3, 1e-2),
                        (0,), 0),
-    "batch_seeds": Grid("the smallest and a large batch with three seeds at the best rate", ("batch8", "batch512"),
-                        (1e-3, 3e-3, 1e-2), (0,), 1, (1, 2)),
+    "batch_seeds": Grid("batches of 8 and 512 rows, three rates each with three seeds", ("batch8", "batch512"),
+                        (1e-3, 3e-3, 1e-2), (0, 1, 2), 0),
+    "batch_middle": Grid("the write-up's larger batches with three seeds at the best rate", ("batch128", "batch256"),
+                         (1e-3, 3e-3, 1e-2), (0,), 1, (1, 2)),
+    "third_seeds": Grid("a third seed at every rate, with RMSNorm and without: where does each break?",
+                        ("base", "no-rmsnorm"), ABLATION_RATES, (2,), 0),
     "batch_of_one": Grid("a row a step", ("batch1",), (3e-4, 1e-3), (0,), 0),
     "large_batches": Grid("batches for speed and memory only", ("batch2048", "batch4096"), (1e-3,), (0,), 0),
     "optimizer": Grid("warm-up, second moment and weight decay, one change each around the best cell",
@@ -213,6 +218,8 @@ GRIDS: dict[str, Grid] = {
     "grammar": Grid("the embedded grammar's stories at the small budget", ("grammar",), (3e-3,), (0, 1, 2), 0),
     "main_experiment": Grid("the same model and steps with 32,000 entries", ("web32k",), (3e-3,), (0,), 0,
                             budget="full"),
+    "best_ablations": Grid("each ablation at its best rate", (), (), (0, 1, 2), 0,
+                           besides=(*((v, 3e-3) for v in ABLATED if v != "no-rmsnorm"), ("no-rmsnorm", 3e-4))),
     "writeup": Grid("the write-up's leaderboard model", ("writeup",), (3e-3,), (0,), 0, budget="full"),
 }
 
@@ -650,8 +657,8 @@ def shape_of(cell: Cell) -> tuple:
 class Pace:
     "How long a cell takes, learnt from those that ran. Times in seconds."
     until: float = math.inf  # on the clock of `time.monotonic`
-    tokens_per_second: float = 1.5e6
-    compiling: float = 60.0
+    tokens_per_second: float = 2e6
+    compiling: float = 25.0
 
     def fits(self, cell: Cell, compiled: bool) -> bool:
         "Whether the cell should end in time."
@@ -801,23 +808,43 @@ def _watch(workers: Sequence[subprocess.Popen], args, began: float, every: float
     if args.archive: print(f"{pack_records(args.records, args.archive)} files in {args.archive}", flush=True)
 
 # %% ../nbs/14_learning_rate.ipynb #98d1ab95
-def sharpness(model: nn.Module, inputs: Tensor, targets: Tensor, *, scales: Sequence[Tensor] | None = None,
-              iterations: int = 20, seed: int = 0) -> float:
-    """The Hessian's eigenvalue of largest size for the mean loss of a batch, by power iteration.
-
-    With `scales` (a tensor a parameter, s) that of the matrix s H s: for Adam's, s = D ** -0.5."""
+def hessian_products(model: nn.Module, inputs: Tensor, targets: Tensor,
+                     scales: Sequence[Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """The map v -> H v, flat vectors, for the Hessian H of the mean loss of a batch; with `scales` s (a tensor a
+    parameter) the map v -> s H s v."""
     parameters = list(model.parameters())
-    generator = torch.Generator().manual_seed(seed)
-    v = [torch.randn(p.shape, generator=generator).to(p.device) for p in parameters]
-    gradients = torch.autograd.grad(cross_entropy(model(inputs), targets), parameters, create_graph=True)
-    scaled = lambda u: u if scales is None else [a * b for a, b in zip(u, scales)]
-    for _ in range(iterations):
-        length = torch.stack([x.square().sum() for x in v]).sum().sqrt()
-        v = [x / length for x in v]
-        product = torch.autograd.grad(gradients, parameters, grad_outputs=scaled(v), retain_graph=True)
-        product = scaled([p.detach() for p in product])
-        value, v = sum((a * b).sum() for a, b in zip(v, product)), product
-    return float(value)
+    s = 1.0 if scales is None else torch.cat([a.reshape(-1) for a in scales])
+    loss = cross_entropy(model(inputs), targets)
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    def product(v: Tensor) -> Tensor:
+        rows = torch.autograd.grad(gradient, parameters, grad_outputs=s * v, retain_graph=True)
+        return s * torch.cat([row.reshape(-1) for row in rows])
+    return product
+
+# %% ../nbs/14_learning_rate.ipynb #a32ff23d
+def spectrum_ends(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 20) -> tuple[float, float]:
+    """The lowest and the highest eigenvalue of a symmetric matrix, from `iterations` products with it.
+
+    Power iteration that keeps its vectors, each made orthogonal to those before it, and takes the best of their
+    combinations (Lanczos 1950; Rayleigh and Ritz): the ends lie inside the spectrum, and the products' last vector inside them."""
+    v, basis, images = start, [], []
+    while len(basis) < min(iterations, len(start)) and v.any():
+        for _ in range(2 if basis else 0): v = v - sum((v @ q) * q for q in basis)  # twice: once leaves rounding errors
+        basis.append(v / v.norm())
+        images.append(v := product(basis[-1]))
+    small = torch.stack([torch.stack([q @ image for image in images]) for q in basis]).double().cpu()
+    ends = torch.linalg.eigvalsh((small + small.T) / 2)
+    return float(ends[0]), float(ends[-1])
+
+
+def sharpness(model: nn.Module, inputs: Tensor, targets: Tensor, *, scales: Sequence[Tensor] | None = None,
+              iterations: int = 20, seed: int = 0) -> tuple[float, float]:
+    """The lowest and the largest eigenvalue of the Hessian of the mean loss of a batch; the largest is the sharpness.
+
+    With `scales` (a tensor a parameter, s) those of the matrix s H s: for Adam's, s = D ** -0.5."""
+    generator, count = torch.Generator().manual_seed(seed), sum(p.numel() for p in model.parameters())
+    start = torch.randn(count, generator=generator).to(next(model.parameters()).device)
+    return spectrum_ends(hessian_products(model, inputs, targets, scales), start, iterations)
 
 # %% ../nbs/14_learning_rate.ipynb #c3aa48bc
 def gradient_noise(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -862,7 +889,8 @@ def analyse_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs
     """Train a cell with checkpoints on the way; at each, sharpness (plain, and with Adam's scales) and noise scale.
 
     `rows` rows a batch; uncompiled, float32, chapter 07's own attention. The record NAME-checkpoints has the measure
-    `points`, a list of {"step", "lr", "loss", "sharpness", "adam_sharpness", "noise_scale"} (the last in rows; None: more batches are needed)."""
+    `points`, a list of {"step", "lr", "loss", "sharpness", "adam_sharpness", "noise_scale"} (the last in rows; None: more batches are needed)
+    and "lowest", "adam_lowest", the other ends of the two spectra."""
     config = cell_config(cell, prepared, runs_dir, changes)
     every = max(1, config.steps // points)
     config = replace(config, name=f"{cell.name}-checkpoints", checkpoint_every=every, keep_checkpoints=points + 1)
@@ -889,10 +917,9 @@ def _analyse_checkpoint(path: Path, config: TrainConfig, data: TokenRows, where:
     with torch.no_grad(): loss = float(cross_entropy(model(inputs), targets))
     scales = adam_scales(checkpoint, model)
     noise = gradient_noise(model, (batch(1 + i) for i in range(noise_batches)))["scale"]
-    return {"step": step, "lr": learning_rate(config, step), "loss": loss,
-            "sharpness": sharpness(model, inputs, targets, iterations=iterations),
-            "adam_sharpness": sharpness(model, inputs, targets, scales=scales, iterations=iterations),
-            "noise_scale": noise if math.isfinite(noise) else None}
+    plain, adam = (sharpness(model, inputs, targets, scales=s, iterations=iterations) for s in (None, scales))
+    return {"step": step, "lr": learning_rate(config, step), "loss": loss, "lowest": plain[0], "sharpness": plain[1],
+            "adam_lowest": adam[0], "adam_sharpness": adam[1], "noise_scale": noise if math.isfinite(noise) else None}
 
 # %% ../nbs/14_learning_rate.ipynb #2d1699a6
 def distinct(texts: Iterable[str], n: int) -> float:
@@ -1167,7 +1194,7 @@ def plot_edge(logs: Sequence[RunLog]) -> Figure:
     axes = figure.subplots(1, 3)
     for log, colour, line in zip(logs, PALETTE, LINE_STYLES): _along_run(axes, log, colour, line)
     axes[2].axhline(logs[0].header["config"]["batch_size"], color=PALETTE[3], ls=":", lw=1.2, label="the batch")
-    for ax, title in zip(axes, ("Adam's sharpness (hollow: negative); thin: 38 / rate", "sharpness; thin: 2 / rate", "gradient noise scale (rows)")):
+    for ax, title in zip(axes, ("Adam's sharpness; thin: 38 / rate", "sharpness; thin: 2 / rate", "gradient noise scale (rows)")):
         ax.set(title=title, xlabel="step", yscale="log")
         ax.legend(title="peak rate", fontsize=8)
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
@@ -1180,10 +1207,8 @@ def _along_run(axes, log: RunLog, colour: str, line: str) -> None:
     steps, rates = (np.array([p[k] for p in points]) for k in ("step", "lr"))
     limits = (adam_limit(rates, config["betas"][0]), 2 / rates, None)
     for ax, key, limit in zip(axes, ("adam_sharpness", "sharpness", "noise_scale"), limits):
-        values = [abs(p[key]) if p[key] is not None else math.nan for p in points]
+        values = [math.nan if p[key] is None else p[key] for p in points]
         ax.plot(steps, values, "o" + line, color=colour, ms=4, label=rate_text(config["max_lr"]))
-        negative = [i for i, p in enumerate(points) if (p[key] or 0) < 0]
-        ax.plot(steps[negative], np.array(values)[negative], "o", color=colour, mfc="white", ms=4)
         if limit is not None: ax.plot(steps, limit, color=colour, lw=0.8, ls=line)
 
 # %% ../nbs/14_learning_rate.ipynb #8546a30c
