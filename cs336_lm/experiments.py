@@ -688,7 +688,7 @@ def is_log(path: str | Path) -> bool:
 
 def experiment_log(records: str | Path = "figures/runs") -> str:
     "A Markdown table of all recorded runs, oldest first: what, when, on what, how far, how good, and how it ended."
-    files = [path for path in Path(records).glob("*.jsonl") if is_log(path)]
+    files = [path for path in Path(records).rglob("*.jsonl") if is_log(path)]
     logs = sorted(map(read_log, files), key=lambda log: (log.header["started"], log.name))
     columns = ("run", "started (UTC)", "commit", "device", "corpus", "parameters", "steps", "tokens", "seconds",
                "validation loss", "bits a byte", "status")

@@ -1157,12 +1157,13 @@ def plot_batch_size(logs: Sequence[RunLog]) -> Figure:
 
 def _against(ax, best: Mapping[int, GridLog], colours: Mapping, x: str) -> None:
     for size, g in best.items():
-        loss = smoothed(column(g.log.steps, "loss"))
-        ax.plot(column(g.log.steps, x), loss, color=colours[size], lw=1.2, label=f"{size}")
+        loss, at = smoothed(column(g.log.steps, "loss")), column(g.log.steps, x)
+        if x == "seconds": at = at - at[0] + g.log.steps[0]["tokens"] / speed(g)  # not what was compiled before the first step
+        ax.plot(at, loss, color=colours[size], lw=1.2, label=f"{size}")
     low = min(g.loss for g in best.values())
-    ax.set(xlabel={"tokens": "training tokens", "step": "steps", "seconds": "seconds"}[x], ylabel="training loss",
+    ax.set(xlabel={"tokens": "training tokens", "step": "steps", "seconds": "seconds after compilation"}[x], ylabel="training loss",
            ylim=(low - 0.2, low + 2.5))
-    if x != "tokens": ax.set_xscale("log")
+    if x != "tokens": ax.set(xscale="log", xlim=({"step": 10, "seconds": 0.1}[x], None))
     else:
         ax.xaxis.set_major_formatter(EngFormatter())
         ax.legend(title="batch size", fontsize=8, ncols=2)
@@ -1178,7 +1179,8 @@ def _costs(axes, best: Mapping[int, GridLog], grid: Sequence[GridLog], colours: 
     for ax, values, label in ((axes[1], [speed(g) / 1e6 for g in logs], "million tokens a second"),
                               (axes[2], memory, "peak memory (GiB)")):
         ax.plot(sizes, values, "o-", color=PALETTE[0])
-        ax.set(xscale="log", xlabel="batch size (rows)", ylabel=label, ylim=(0, None), xticks=sizes, xticklabels=sizes)
+        ax.set(xscale="log", xlabel="batch size (rows)", ylabel=label, ylim=(0, None))
+        ax.set_xticks(sizes, sizes, rotation=60, fontsize=9)
         ax.xaxis.set_minor_locator(NullLocator())
 
 # %% ../nbs/14_learning_rate.ipynb #77231b5e
