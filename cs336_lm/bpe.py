@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from . import pretokenization
-from .pretokenization import (MIN_COMPILED_BYTES, Words, check_special_tokens, compiled, compiled_ready,
-                                      count_pretokens, count_words, say_if_slow)
+from .pretokenization import (MIN_COMPILED_BYTES, Paths, Words, check_special_tokens, compiled, compiled_ready,
+                                      count_pretokens, count_words, list_paths, say_if_slow)
 
 # %% auto #0
 __all__ = ['Word', 'Pair', 'WALL', 'HOLE', 'SHELVES', 'AHEAD', 'FIRST_PAIRS', 'MIN_COMPILED_WORD_BYTES', 'count_pairs',
@@ -619,24 +619,26 @@ def train_bpe_from_counts(counts: Mapping[bytes, int], vocab_size: int, special_
     return _vocabulary(merges, vocab_size, specials), merges
 
 # %% ../nbs/04_bpe.ipynb #a65fc7ab
-def train_bpe(input_path: str | os.PathLike, vocab_size: int, special_tokens: Iterable[str], *, num_processes: int = 1,
+def train_bpe(input_path: Paths, vocab_size: int, special_tokens: Iterable[str], *, num_processes: int = 1,
               progress: bool = False, executor: Executor | None = None) -> tuple[dict[int, bytes], list[Pair]]:
     """Train a byte-level BPE on a text file: the vocabulary (id to bytes) and the merges in the order of learning.
 
+    `input_path`: a file, or a list of files whose texts are taken one behind the other; no merge looks across a file's
+    end, so the result is that of one file if the texts are parted there, as by a special token.
     `vocab_size` counts the 256 bytes, the merges and `special_tokens`, which separate the text and come last.
     The result does not depend on `num_processes`: threads of compiled code for a large file (see `count_pretokens`),
-    processes where numba is missing; nor on an `executor` (`concurrent.futures`), whose workers then count a large
-    file and must see it under the same path. Warns where the text is too small for `vocab_size`.
-    FileNotFoundError if there is no file; ValueError if it is empty or not UTF-8, or the sizes do not fit (see
-    `train_bpe_from_counts`); OSError if it changes while it is read.
+    processes where numba is missing; nor on an `executor` (`concurrent.futures`), whose workers then count shards
+    (files, or ranges of a large one) and must see the files under the same paths. Warns where the text is too small for `vocab_size`.
+    FileNotFoundError if there is no file; ValueError if all are empty or one is not UTF-8, or the sizes do not fit (see
+    `train_bpe_from_counts`); OSError if one changes while it is read.
     Source: handout problem train_bpe."""
-    specials = _check_sizes(vocab_size, special_tokens)
-    size = os.path.getsize(input_path)
-    if size == 0: raise ValueError(f"{input_path} is empty: there is nothing to train on")
+    specials, paths = _check_sizes(vocab_size, special_tokens), list_paths(input_path)
+    size = sum(map(os.path.getsize, paths))
+    if size == 0: raise ValueError(f"{', '.join(paths)} is empty: there is nothing to train on")
     if size >= MIN_COMPILED_BYTES and compiled_ready():
-        words = count_words(input_path, specials, num_threads=num_processes, progress=progress, executor=executor,
+        words = count_words(paths, specials, num_threads=num_processes, progress=progress, executor=executor,
                             in_order=False)
         merges = _learn(words, vocab_size - 256 - len(specials), progress)
         return _vocabulary(merges, vocab_size, specials), merges
-    counts = count_pretokens(input_path, specials, num_processes=num_processes, progress=progress)
+    counts = count_pretokens(paths, specials, num_processes=num_processes, progress=progress)
     return train_bpe_from_counts(counts, vocab_size, specials, progress=progress)

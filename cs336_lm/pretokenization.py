@@ -18,18 +18,19 @@ import regex
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['PATTERN', 'MIN_PARALLEL_BYTES', 'EDGE', 'LETTER', 'NUMBER', 'OTHER', 'SPACE', 'BLANK', 'QUOTE', 'MAYBE_CONTRACTION',
-           'LOOK', 'BLOCK', 'TWINS', 'BATCH', 'NO_KEY', 'LARGEST_CHUNK', 'SHARD_BYTES', 'MAX_PENDING',
-           'MIN_COMPILED_BYTES', 'pretokenize', 'kind', 'check_special_tokens', 'split_special', 'count_text',
-           'kinds_part', 'is_safe_cut', 'read_text', 'read_chunks', 'count_pretokens_clear', 'three_kinds_rule',
-           'kind_table', 'compiled', 'load_compiled', 'read_code_point', 'same_bytes', 'special_width',
-           'contraction_width', 'scan_tables', 'look_closer', 'find_pieces', 'mask_of', 'block_masks', 'byte_mask',
-           'lowest_bit', 'count_bits', 'eight_bytes', 'prefetch', 'vector_code', 'bits_below', 'add_wide',
+__all__ = ['PATTERN', 'Paths', 'MIN_PARALLEL_BYTES', 'EDGE', 'LETTER', 'NUMBER', 'OTHER', 'SPACE', 'BLANK', 'QUOTE',
+           'MAYBE_CONTRACTION', 'LOOK', 'BLOCK', 'TWINS', 'BATCH', 'NO_KEY', 'LARGEST_CHUNK', 'SHARD_BYTES',
+           'MAX_PENDING', 'MIN_COMPILED_BYTES', 'pretokenize', 'kind', 'check_special_tokens', 'split_special',
+           'count_text', 'kinds_part', 'is_safe_cut', 'read_text', 'read_chunks', 'list_paths', 'count_pretokens_clear',
+           'three_kinds_rule', 'kind_table', 'compiled', 'load_compiled', 'read_code_point', 'same_bytes',
+           'special_width', 'contraction_width', 'scan_tables', 'look_closer', 'find_pieces', 'mask_of', 'block_masks',
+           'byte_mask', 'lowest_bit', 'count_bits', 'eight_bytes', 'prefetch', 'vector_code', 'bits_below', 'add_wide',
            'mark_starts', 'carry', 'mark_contractions', 'first_special', 'write_places', 'find_starts', 'word_key',
            'first_row', 'add_short', 'part_of', 'long_hash', 'same_word', 'add_long', 'prepare_batch', 'add_word',
            'count_pieces', 'pour', 'WordTable', 'Words', 'copy_words', 'words_of', 'kinds_part_at',
-           'contraction_letter', 'special_beside', 'last_safe_cut', 'safe_shards', 'count_shard', 'count_words',
-           'say_if_slow', 'compiled_ready', 'count_pretokens']
+           'contraction_letter', 'special_beside', 'last_safe_cut', 'read_at', 'Part', 'whole_files', 'check_size',
+           'safe_ranges', 'cut_files', 'safe_shards', 'utf8_reason', 'count_shard', 'count_words', 'say_if_slow',
+           'compiled_ready', 'count_pretokens']
 
 # %% ../nbs/03_pretokenization.ipynb #8e0ee28d
 # GPT-2's pre-tokenization pattern (Radford et al., 2019), for the module `regex`.
@@ -140,6 +141,16 @@ def read_chunks(path: str | os.PathLike, special_tokens: Iterable[str], chunk_by
         tail = tail[cut:]
     if tail: yield tail
 
+# %% ../nbs/03_pretokenization.ipynb #eac4989a
+Paths = str | os.PathLike | Sequence[str | os.PathLike]  # one file, or several one behind the other
+
+
+def list_paths(paths: Paths) -> list[str]:
+    "One path or several as a list of strings. ValueError if it is empty, TypeError for what is no path."
+    found = [paths] if isinstance(paths, (str, bytes, os.PathLike)) else list(paths)
+    if not found: raise ValueError("no file is given: paths must be a path or a list of paths")
+    return [os.fsdecode(path) for path in found]
+
 # %% ../nbs/03_pretokenization.ipynb #b9198965
 MIN_PARALLEL_BYTES = 8 << 20  # below this size one process is as quick as several
 
@@ -169,14 +180,16 @@ def _check_at_least_one(**values: int) -> None:
         if value < 1: raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-def count_pretokens_clear(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
+def count_pretokens_clear(paths: Paths, special_tokens: Iterable[str], *, num_processes: int = 1,
                           progress: bool = False, chunk_bytes: int = 1 << 20) -> Counter[bytes]:
-    """How often each pre-token occurs in a text file: the specification of `count_pretokens`, which see.
+    """How often each pre-token occurs in a text file or several: the specification of `count_pretokens`, which see.
 
     The result does not depend on `num_processes` and `chunk_bytes`; a small file starts no process."""
     _check_at_least_one(num_processes=num_processes, chunk_bytes=chunk_bytes)
-    tokens, size, counts = check_special_tokens(special_tokens), os.path.getsize(path), Counter()
-    chunks = _with_bar(read_chunks(path, tokens, chunk_bytes), size, progress)
+    tokens, paths, counts = check_special_tokens(special_tokens), list_paths(paths), Counter()
+    size = sum(map(os.path.getsize, paths))
+    of_all = itertools.chain.from_iterable(read_chunks(path, tokens, chunk_bytes) for path in paths)
+    chunks = _with_bar(of_all, size, progress)
     in_processes = num_processes > 1 and size >= MIN_PARALLEL_BYTES
     for part in (_count_in_processes(chunks, tokens, num_processes) if in_processes
                  else (count_text(chunk, tokens) for chunk in chunks)): counts.update(part)
@@ -858,92 +871,179 @@ def last_safe_cut(text, size, tables):
     return 0
 
 # %% ../nbs/03_pretokenization.ipynb #db916b2d
+def _read_some(file, view: memoryview, at: int) -> int: return os.preadv(file.fileno(), [view], at)
+
+
+_seeking = threading.Lock()
+
+
+def _seek_and_read(file, view: memoryview, at: int) -> int:
+    "The same where the system has no `preadv`."
+    with _seeking:
+        file.seek(at)
+        return file.readinto(view)
+
+
+if not hasattr(os, "preadv"): _read_some = _seek_and_read
+
+# %% ../nbs/03_pretokenization.ipynb #767c3618
+def read_at(file, view: memoryview, at: int) -> int:
+    "Fill `view` with the bytes of an open, unbuffered file from `at` on; how many there were. Threads may share it."
+    done = 0
+    while done < len(view) and (got := _read_some(file, view[done:], at + done)): done += got
+    return done
+
+# %% ../nbs/03_pretokenization.ipynb #3934b729
+class Part(NamedTuple):
+    "A range of a file that begins and ends at safe cuts; the file's size; how many bytes of other files come before."
+    path: str
+    begin: int
+    end: int
+    size: int
+    before: int = 0
+
+
+def whole_files(paths: Paths) -> list[Part]:
+    "All of each file, one behind the other."
+    paths = list_paths(paths)
+    sizes = [os.path.getsize(path) for path in paths]
+    before = itertools.accumulate(sizes, initial=0)
+    return [Part(path, 0, size, size, b) for path, size, b in zip(paths, sizes, before)]
+
+
+def check_size(part: Part, now: int, shorter: bool = False) -> None:
+    "OSError if the file's size is not what it was at the start, or a read came to its end too early."
+    if shorter or now != part.size:
+        raise OSError(f"{part.path} changed from {part.size:,} to {now:,} bytes while it was read; "
+                      "read it again when nothing writes to it")
+
+# %% ../nbs/03_pretokenization.ipynb #65ed4cf9
+def _behind_fault(window: np.ndarray, longest: int) -> int:
+    "A place behind the first bytes of the window that are not UTF-8, and behind `longest`; 0 if all are."
+    begin = next((k for k in range(3) if window[k] & 0xC0 != 0x80), 3)  # it may begin inside a character
+    try: codecs.utf_8_decode(window[begin:], "strict", False)
+    except UnicodeDecodeError as error: return max(begin + error.end, longest + 1)
+    return 0
+
+# %% ../nbs/03_pretokenization.ipynb #b6d6d810
+LARGEST_CHUNK = 1 << 30  # bytes in which a safe cut must be found; places in a chunk have 31 bits
+
+
+def safe_ranges(file, part: Part, tables: tuple, range_bytes: int) -> Iterator[Part]:
+    "The part of the open file in ranges of about `range_bytes` that begin and end at safe cuts."
+    longest, begin, window = int(tables[4].max(initial=4)), part.begin, np.empty(0, np.uint8)
+    while begin < part.end:
+        cut, at, want = 0, begin + range_bytes, 2 * longest + 8
+        while cut <= longest and at + want < part.end and want <= LARGEST_CHUNK:
+            if len(window) < want: window = np.empty(want, np.uint8)
+            got = read_at(file, memoryview(window)[:want], at)
+            check_size(part, os.fstat(file.fileno()).st_size, got < want)
+            cut = last_safe_cut(window, want, tables)
+            if cut <= longest: cut = _behind_fault(window[:want], longest)
+            want *= 2
+        end = at + cut if cut > longest else part.end
+        yield part._replace(begin=begin, end=end)
+        begin = end
+
+# %% ../nbs/03_pretokenization.ipynb #9dfebd11
+def cut_files(parts: Iterable[Part], tables: tuple, range_bytes: int) -> Iterator[Part]:
+    "`safe_ranges` of each part; one file is open at a time."
+    for part in parts:
+        with open(part.path, "rb", buffering=0) as file: yield from safe_ranges(file, part, tables, range_bytes)
+
+
+def safe_shards(path: str | os.PathLike, special_tokens: tuple[str, ...],
+                shard_bytes: int) -> Iterator[tuple[int, int]]:
+    "Ranges (begin, end) of one file, about `shard_bytes` each, that begin and end at safe cuts."
+    for part in cut_files(whole_files(path), scan_tables(special_tokens), shard_bytes): yield part.begin, part.end
+
+# %% ../nbs/03_pretokenization.ipynb #8546f5bd
 class _Buffers:
     "One thread's text, as bytes and as 64-bit numbers with room to look ahead, and the starts of its pieces."
 
-    def __init__(self): self.make_room(0)
+    def __init__(self):
+        self.file = None
+        self.make_room(0)
 
     def make_room(self, size: int) -> None:
         self.words = np.zeros(size // 8 + 9, np.uint64)  # the text and BLOCK bytes more
         self.text, self.starts = self.words.view(np.uint8), np.empty(size + BLOCK, np.int32)
 
-# %% ../nbs/03_pretokenization.ipynb #767c3618
-class _ChunkReader:
-    """Reads a file in chunks that end at safe cuts, for any number of threads.
+    def read(self, chunk: Part) -> int:
+        "Read a chunk; its size. OSError if the file's size is not what it was."
+        if self.file is None or self.file.name != chunk.path: self.open(chunk.path)
+        size = chunk.end - chunk.begin
+        if len(self.starts) < size + BLOCK: self.make_room(size + size // 8)
+        got = read_at(self.file, memoryview(self.text)[:size], chunk.begin)
+        check_size(chunk, os.fstat(self.file.fileno()).st_size, got < size)
+        return size
 
-    `part`: where to begin and end, both safe cuts, and the size that the file should have; else all of it."""
-
-    def __init__(self, path, special_tokens: tuple[str, ...], chunk_bytes: int, progress: bool, part=None):
-        self.path, self.tables, self.chunk_bytes = path, scan_tables(special_tokens), chunk_bytes
-        self.lock, self.faults, self.stopped = threading.Lock(), [], False
+    def open(self, path: str) -> None:
+        self.close()
         self.file = open(path, "rb", buffering=0)
-        size = os.fstat(self.file.fileno()).st_size
-        self.at, self.end, self.size = part or (0, size, size)
-        self.bar = tqdm(total=size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file: self.file.close()
+
+# %% ../nbs/03_pretokenization.ipynb #f7d915a3
+class _ChunkReader:
+    "Hands out chunks of files, which end at safe cuts, to any number of threads."
+
+    def __init__(self, parts: list[Part], special_tokens: tuple[str, ...], chunk_bytes: int, progress: bool):
+        self.tables, self.chunk_bytes = scan_tables(special_tokens), min(chunk_bytes, LARGEST_CHUNK - 256)
+        self.lock, self.faults, self.stopped = threading.Lock(), [], False
+        self.chunks, self.size = cut_files(parts, self.tables, self.chunk_bytes), sum(p.end - p.begin for p in parts)
+        self.bar = tqdm(total=self.size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress)
+
+    def close(self) -> None:
+        self.chunks.close()
         self.bar.close()
 
-# %% ../nbs/03_pretokenization.ipynb #a79b696c
-def _read_exactly(reader: _ChunkReader, at: int, view: memoryview) -> None:
-    "Fill `view` with the file's bytes from `at` on. OSError if the file has become shorter."
-    reader.file.seek(at)
-    while len(view) and (got := reader.file.readinto(view)): view = view[got:]
-    _check_unchanged(reader, shorter=len(view) > 0)
 
-
-def _check_unchanged(reader: _ChunkReader, shorter: bool = False) -> None:
-    "OSError if the file's size is not what it was at the start."
-    now = os.fstat(reader.file.fileno()).st_size
-    if shorter or now != reader.size:
-        raise OSError(f"{reader.path} changed from {reader.size:,} to {now:,} bytes while it was read; "
-                      "count it again when nothing writes to it")
-
-# %% ../nbs/03_pretokenization.ipynb #3934b729
-LARGEST_CHUNK = 1 << 30  # places in a chunk have 31 bits
-
-
-def _next_chunk(reader: _ChunkReader, buffers: _Buffers) -> tuple[int, int]:
-    "Read the next chunk into `buffers`: its place in the file and its size, which is 0 after the last one."
+def _next_chunk(reader: _ChunkReader) -> Part | None:
+    "The next chunk, None after the last one. ValueError if it is too large."
     with reader.lock:
-        at, cut, want = reader.at, 0, reader.chunk_bytes
-        while cut == 0 and at < reader.end and not reader.stopped:
-            size, want = min(want, reader.end - at), 2 * want
-            if size > LARGEST_CHUNK:
-                raise ValueError(f"{reader.path} has no place where it may be cut in {LARGEST_CHUNK:,} bytes from byte "
-                                 f"{at:,} on; break up what stands there without a space")
-            if len(buffers.starts) < size + BLOCK: buffers.make_room(size)
-            _read_exactly(reader, at, memoryview(buffers.text)[:size])
-            cut = size if at + size == reader.end else last_safe_cut(buffers.text, size, reader.tables)
-            if cut == 0: _note_fault(buffers.text[:size], at, reader, final=False)
-        reader.at = at + cut
-        reader.bar.update(cut)
-        return at, cut
+        chunk = None if reader.stopped else next(reader.chunks, None)
+        if chunk: reader.bar.update(chunk.end - chunk.begin)
+    if chunk and chunk.end - chunk.begin > reader.chunk_bytes + LARGEST_CHUNK:
+        raise ValueError(f"{chunk.path} has no place where it may be cut in {LARGEST_CHUNK:,} bytes from byte "
+                         f"{chunk.begin + reader.chunk_bytes:,} on; break up what stands there without a space")
+    return chunk
 
-# %% ../nbs/03_pretokenization.ipynb #65ed4cf9
-def _note_fault(text: np.ndarray, at: int, reader: _ChunkReader, final: bool = True) -> bool:
-    "Whether `text` is not UTF-8; if so, note the place and the reason, and stop reading."
-    try: codecs.utf_8_decode(text, "strict", final)
+# %% ../nbs/03_pretokenization.ipynb #a2abe7c0
+def utf8_reason(file, place: int) -> str:
+    "The decoder's reason why no UTF-8 character begins at byte `place` of an open, unbuffered file."
+    data = bytearray(4)
+    got = read_at(file, memoryview(data), place)
+    try: data[:got].decode()
+    except UnicodeDecodeError as error: return error.reason
+    return "bytes that changed while they were read"
+
+
+def _note_fault(buffers: _Buffers, chunk: Part, reader: _ChunkReader) -> None:
+    "Note where and why the chunk in `buffers` is not UTF-8, and stop reading."
+    try: codecs.utf_8_decode(buffers.text[:chunk.end - chunk.begin], "strict", True)
     except UnicodeDecodeError as error:
-        reader.faults.append((at + error.start, error.reason))
+        place = chunk.begin + error.start
+        reader.faults.append((chunk.before + place, chunk.path, place, utf8_reason(buffers.file, place)))
         reader.stopped = True
-    return reader.stopped
+    else: raise AssertionError(f"two decoders disagree about {chunk}")
 
-
+# %% ../nbs/03_pretokenization.ipynb #b0cb8925
 def _count_chunks(reader: _ChunkReader) -> WordTable:
     "What each thread does: count chunks until there are no more."
-    size = min(1 << 19, (reader.end - reader.at) >> 8)  # a guess at the number of words, so that tables seldom grow
-    buffers, table = _Buffers(), WordTable((size - 1, size >> 4, size >> 2))
+    rows = min(1 << 19, reader.size >> 8)  # a guess at the number of words, so that tables seldom grow
+    buffers, table = _Buffers(), WordTable((rows - 1, rows >> 4, rows >> 2))
     try:
-        while True:
-            at, size = _next_chunk(reader, buffers)
-            if size == 0: return table
+        while chunk := _next_chunk(reader):
+            size = buffers.read(chunk)
             pieces = find_starts(buffers.text, size, reader.tables, buffers.starts)
-            if pieces >= 0: table.count(buffers.words, buffers.starts, pieces, at)
-            elif not _note_fault(buffers.text[:size], at, reader):
-                raise AssertionError(f"two decoders disagree at {at:,}")
-    finally: reader.stopped = True  # after an error the other threads need not go on
+            if pieces < 0: _note_fault(buffers, chunk, reader)
+            else: table.count(buffers.words, buffers.starts, pieces, chunk.before + chunk.begin)
+        return table
+    finally:
+        reader.stopped = True  # after an error the other threads need not go on
+        buffers.close()
 
 # %% ../nbs/03_pretokenization.ipynb #dca77e89
 def _run_threads(reader: _ChunkReader, num_threads: int) -> list[WordTable]:
@@ -954,14 +1054,14 @@ def _run_threads(reader: _ChunkReader, num_threads: int) -> list[WordTable]:
         finally: reader.stopped = True
 
 # %% ../nbs/03_pretokenization.ipynb #7c35ab00
-def _count_part(path, special_tokens: tuple[str, ...], num_threads: int, chunk_bytes: int, progress: bool = False,
-                part: tuple[int, int, int] | None = None) -> WordTable:
-    "The words of a file, or of a part of it, in one table."
-    reader = _ChunkReader(path, special_tokens, chunk_bytes, progress, part)
+def _count_parts(parts: list[Part], special_tokens: tuple[str, ...], num_threads: int, chunk_bytes: int,
+                 progress: bool = False) -> WordTable:
+    "The words of files, or of parts of them, in one table."
+    reader = _ChunkReader(parts, special_tokens, chunk_bytes, progress)
     try:
         table, *others = _run_threads(reader, num_threads)
-        if reader.faults: raise _not_utf8(path, *min(reader.faults))
-        _check_unchanged(reader)
+        if reader.faults: raise _not_utf8(*min(reader.faults)[1:])
+        for part in parts: check_size(part, os.path.getsize(part.path))
     finally: reader.close()
     while others: table.absorb(*others.pop().rows())
     return table
@@ -970,57 +1070,41 @@ def _count_part(path, special_tokens: tuple[str, ...], num_threads: int, chunk_b
 SHARD_BYTES, MAX_PENDING = 1 << 26, 64
 
 
-def safe_shards(path: str | os.PathLike, special_tokens: tuple[str, ...],
-                shard_bytes: int) -> Iterator[tuple[int, int]]:
-    "Ranges of the file, about `shard_bytes` each, that begin and end at safe cuts."
-    size, begin, tables = os.path.getsize(path), 0, scan_tables(special_tokens)
-    longest = max([len(token.encode()) for token in special_tokens], default=0) + 4
-    with open(path, "rb", buffering=0) as file:
-        while begin < size:
-            cut, at, want = 0, begin + shard_bytes, 2 * longest + 256
-            # A cut too near the window's start might lie in a special token.
-            while cut <= longest and at + want < size and want < LARGEST_CHUNK:
-                file.seek(at)
-                window = np.frombuffer(bytearray(file.read(want)), np.uint8)
-                cut, want = last_safe_cut(window, len(window), tables), 2 * want
-            end = at + cut if cut > longest else size
-            yield begin, end
-            begin = end
-
-# %% ../nbs/03_pretokenization.ipynb #c22f72f3
-def count_shard(path: str, special_tokens: tuple[str, ...], part: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
-    "What an executor's worker does: the rows of the words of a file's part (begin, end, size of the file)."
+def count_shard(part: Part, special_tokens: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    "What an executor's worker does: the rows of the words of a part."
     if not compiled_ready(): raise RuntimeError("a worker of the executor has no numba; install it there as well")
-    return _count_part(path, special_tokens, 1, 1 << 19, part=part).rows()
+    return _count_parts([part], special_tokens, 1, 1 << 19).rows()
 
 
-def _count_in_executor(path, special_tokens: tuple[str, ...], executor: Executor, progress: bool,
+def _count_in_executor(parts: list[Part], special_tokens: tuple[str, ...], executor: Executor, progress: bool,
                        shard_bytes: int) -> WordTable:
     "`count_shard` of each shard by the executor's workers, added up in order; after an error no more is begun."
-    path, size, table, pending = os.path.abspath(path), os.path.getsize(path), WordTable(), deque()
+    table, pending, size = WordTable(), deque(), sum(part.size for part in parts)
     take = lambda: (table.absorb(*pending[0][1].result()), bar.update(pending.popleft()[0]))
     with tqdm(total=size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress) as bar:
         try:
-            for begin, end in safe_shards(path, special_tokens, shard_bytes):
-                pending.append((end - begin, executor.submit(count_shard, path, special_tokens, (begin, end, size))))
+            for shard in cut_files(parts, scan_tables(special_tokens), shard_bytes):
+                pending.append((shard.end - shard.begin, executor.submit(count_shard, shard, special_tokens)))
                 if len(pending) == MAX_PENDING: take()
             while pending: take()
         finally:
             for _, future in pending: future.cancel()
     return table
 
-# %% ../nbs/03_pretokenization.ipynb #5f39c84d
-def count_words(path: str | os.PathLike, special_tokens: Iterable[str], *, num_threads: int = 1,
+# %% ../nbs/03_pretokenization.ipynb #c22f72f3
+def count_words(paths: Paths, special_tokens: Iterable[str], *, num_threads: int = 1,
                 progress: bool = False, chunk_bytes: int = 1 << 19, executor: Executor | None = None,
                 shard_bytes: int = SHARD_BYTES, in_order: bool = True) -> Words:
     """The counts of `count_pretokens` as arrays, by compiled code in threads or by the workers of an executor.
 
-    `in_order` of the first places; without it the order is not defined. Errors as there; also OSError if the file's
+    `in_order` of the first places; without it the order is not defined. Errors as there; also OSError if a file's
     size changes while it is read. Needs numba: `load_compiled` first."""
     _check_at_least_one(num_threads=num_threads, chunk_bytes=chunk_bytes, shard_bytes=shard_bytes)
-    tokens = check_special_tokens(special_tokens)
-    table = (_count_part(path, tokens, num_threads, chunk_bytes, progress) if executor is None
-             else _count_in_executor(path, tokens, executor, progress, shard_bytes))
+    tokens, paths = check_special_tokens(special_tokens), list_paths(paths)
+    if executor is None: table = _count_parts(whole_files(paths), tokens, num_threads, chunk_bytes, progress)
+    else:  # a worker may be in another folder
+        parts = whole_files([os.path.abspath(path) for path in paths])
+        table = _count_in_executor(parts, tokens, executor, progress, shard_bytes)
     return words_of(table, in_order)
 
 # %% ../nbs/03_pretokenization.ipynb #594afe17
@@ -1056,20 +1140,21 @@ def _try_once() -> bool:
     return words.counts.sum() > 0
 
 # %% ../nbs/03_pretokenization.ipynb #44264119
-def count_pretokens(path: str | os.PathLike, special_tokens: Iterable[str], *, num_processes: int = 1,
+def count_pretokens(paths: Paths, special_tokens: Iterable[str], *, num_processes: int = 1,
                     progress: bool = False, chunk_bytes: int = 1 << 19,
                     executor: Executor | None = None) -> Counter[bytes]:
-    """How often each pre-token (as UTF-8 bytes) occurs in a text file; special tokens separate and are not counted.
+    """How often each pre-token (as UTF-8 bytes) occurs in a text; special tokens separate and are not counted.
 
+    `paths`: a file, or several whose texts are taken one behind the other; no pre-token crosses a file's end.
     From `MIN_COMPILED_BYTES` on by compiled code (numba; the first call ever compiles for some seconds), in
     `num_processes` threads or, if an `executor` (`concurrent.futures`) is given, by its workers; else by
     `count_pretokens_clear`, with the same result in the same order. Memory grows with the distinct pre-tokens, not
-    with the file. FileNotFoundError if there is no file; ValueError, with the byte offset, if
-    it is not UTF-8; OSError if it changes while it is read. Source: handout problem train_bpe."""
-    tokens = check_special_tokens(special_tokens)
+    with the text. FileNotFoundError if there is no file; ValueError, with file and byte offset, if one is not UTF-8;
+    OSError if one changes while it is read. Source: handout problem train_bpe."""
+    tokens, paths = check_special_tokens(special_tokens), list_paths(paths)
     _check_at_least_one(num_processes=num_processes, chunk_bytes=chunk_bytes)
-    if os.path.getsize(path) < MIN_COMPILED_BYTES or not compiled_ready():
-        return count_pretokens_clear(path, tokens, num_processes=num_processes, progress=progress,
+    if sum(map(os.path.getsize, paths)) < MIN_COMPILED_BYTES or not compiled_ready():
+        return count_pretokens_clear(paths, tokens, num_processes=num_processes, progress=progress,
                                      chunk_bytes=chunk_bytes)
-    return count_words(path, tokens, num_threads=num_processes, progress=progress, chunk_bytes=chunk_bytes,
+    return count_words(paths, tokens, num_threads=num_processes, progress=progress, chunk_bytes=chunk_bytes,
                        executor=executor).counter()

@@ -179,6 +179,7 @@ def test_shards_are_as_many_as_wanted(tmp_path):
     for text in ("many words, no token at all. " * 3000, "<|endoftext|>" * 5000, "一二三，四五六。" * 5000, "word\n" * 9000):
         path.write_text(text, encoding="utf-8")
         shards = list(pre.safe_shards(path, ("<|endoftext|>",), 4096))
+        assert len(shards) > path.stat().st_size // 4500
         assert [0, *(end for _, end in shards)] == [*(begin for begin, _ in shards), path.stat().st_size]
         assert max(end - begin for begin, end in shards) < 2 * 4096
     path.write_text("a" * 20_000)
@@ -204,7 +205,12 @@ def dask():
         with distributed.Client(cluster) as client: yield client.get_executor()
 
 
-@pytest.mark.parametrize("name", ["processes", "dask"])
+@pytest.fixture(scope="module")
+def threads():
+    with ThreadPoolExecutor(3) as pool: yield pool
+
+
+@pytest.mark.parametrize("name", ["threads", "processes", "dask"])
 def test_any_executor_gives_the_same_merges(name, request, some_text, always_compiled, monkeypatch):
     executor = request.getfixturevalue(name)
     monkeypatch.setitem(pre.count_words.__kwdefaults__, "shard_bytes", 100_000)
@@ -213,18 +219,134 @@ def test_any_executor_gives_the_same_merges(name, request, some_text, always_com
         list(count_pretokens_clear(some_text, [SPECIAL]).items())
 
 
+# -- several files
+
+@pytest.fixture(scope="module")
+def some_files(some_text):
+    "The text in files that end behind a special token, as small as one document and as large as most of it."
+    text, files, begin = some_text.read_text(), [], 0
+    for number, part in enumerate((0.0, 0.0001, 0.3, 0.301, 0.9, 1.0)):
+        end = text.rindex("\n", 0, int(part * len(text))) + 1 if 0 < part < 1 else int(part * len(text))
+        files.append(some_text.with_name(f"part-{number}.txt"))
+        files[-1].write_text(text[begin:end])
+        begin = end
+    assert files[0].stat().st_size == 0 and b"".join(file.read_bytes() for file in files) == some_text.read_bytes()
+    return files
+
+
+@pytest.mark.parametrize("name", [None, "threads", "processes", "dask"])
+def test_several_files_are_their_text(name, request, some_text, some_files, always_compiled, monkeypatch):
+    "The same counts in the same order and the same merges as one file, in threads and by any executor."
+    how = {"executor": request.getfixturevalue(name)} if name else {"num_processes": 3}
+    monkeypatch.setitem(pre.count_words.__kwdefaults__, "shard_bytes", 100_000)
+    monkeypatch.setitem(pre.count_words.__kwdefaults__, "chunk_bytes", 10_000)
+    expected = list(count_pretokens_clear(some_text, [SPECIAL]).items())
+    assert list(count_pretokens(some_files, [SPECIAL], **how).items()) == expected
+    assert train_bpe(some_files, 800, [SPECIAL], **how) == train_bpe(some_text, 800, [SPECIAL])
+
+
+def test_several_files_by_the_clear_version(some_text, some_files, monkeypatch):
+    expected = count_pretokens_clear(some_text, [SPECIAL])
+    assert list(count_pretokens_clear(map(str, some_files), [SPECIAL]).items()) == list(expected.items())
+    assert train_bpe(some_files, 400, [SPECIAL]) == train_bpe_from_counts(expected, 400, [SPECIAL])
+    monkeypatch.setattr(pre, "MIN_PARALLEL_BYTES", 0)
+    in_processes = count_pretokens_clear(some_files, [SPECIAL], num_processes=2, chunk_bytes=100_000)
+    assert list(in_processes.items()) == list(expected.items())
+
+
+@given(st.lists(TEXT | WORDY, min_size=1, max_size=5), SPECIALS, st.integers(1, 3), st.integers(1, 40))
+@settings(max_examples=150)
+def test_no_piece_crosses_the_end_of_a_file(tmp_path, texts, specials, threads, chunk_bytes):
+    paths = [tmp_path / f"{number}.txt" for number in range(len(texts))]
+    for path, text in zip(paths, texts): path.write_bytes(text.encode())
+    expected = list(sum((count_pretokens_clear(path, specials) for path in paths), pre.Counter()).items())
+    assert list(count_pretokens_clear(paths, specials, chunk_bytes=chunk_bytes).items()) == expected
+    assert list(count_words(paths, specials, num_threads=threads, chunk_bytes=chunk_bytes).counter().items()) == expected
+    with ThreadPoolExecutor(2) as executor:
+        words = count_words(paths, specials, executor=executor, shard_bytes=chunk_bytes)
+    assert list(words.counter().items()) == expected
+
+
+def test_faults_of_several_files(tmp_path, always_compiled):
+    good, first, second = (tmp_path / name for name in ("good.txt", "first.txt", "second.txt"))
+    good.write_text("good words " * 1000), first.write_bytes(b"a" * 90 + b"\xff"), second.write_bytes(b"\xff")
+    for count in (count_words, count_pretokens_clear):
+        with pytest.raises(ValueError, match="first.txt is not UTF-8: .* at byte 90;"): count([good, first, second], [], chunk_bytes=100)
+        with pytest.raises(FileNotFoundError, match="no.txt"): count([good, tmp_path / "no.txt"], [])
+        with pytest.raises(ValueError, match="no file is given"): count([], [])
+        with pytest.raises(TypeError, match="os.PathLike"): count([good, 3], [])
+        with pytest.raises(TypeError): count(3, [])
+    with pytest.raises(ValueError, match="no file is given"): train_bpe([], 300, [])
+    for path in (first, second): path.write_bytes(b"")
+    with pytest.raises(ValueError, match="first.txt, .*second.txt is empty"): train_bpe([first, second], 300, [])
+    assert len(train_bpe([first, good, second], 258, [])[1]) == 2
+
+
+def test_a_later_file_that_changes(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{number}.txt" for number in range(3)]
+    for path in paths: path.write_text("some words " * 100)
+    original = pre._next_chunk
+    def and_change(reader):
+        paths[2].write_text("fewer words")
+        return original(reader)
+    monkeypatch.setattr(pre, "_next_chunk", and_change)
+    for threads in (1, 2):
+        with pytest.raises(OSError, match="2.txt changed from 1,100 to 11 bytes"): count_words(paths, [], num_threads=threads)
+        paths[2].write_text("some words " * 100)
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    paths = [tmp_path / f"{number}.txt" for number in range(200)]
+    for path in paths: path.write_text("some words ")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = max(map(int, pre.os.listdir("/proc/self/fd"))) if pre.os.path.isdir("/proc/self/fd") else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
+    try: assert count_words(paths, [], num_threads=3).counter()[b"some"] == 200
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -- reading at a place
+
+def test_without_preadv_it_is_read_under_a_lock(some_text, monkeypatch):
+    expected = list(count_pretokens_clear(some_text, [SPECIAL]).items())
+    assert not hasattr(pre.os, "preadv") or pre._read_some is not pre._seek_and_read
+    monkeypatch.setattr(pre, "_read_some", pre._seek_and_read)
+    assert list(count_words(some_text, [SPECIAL], num_threads=3, chunk_bytes=5000).counter().items()) == expected
+
+
+def test_short_reads_are_no_error(some_text, monkeypatch):
+    "A read may give fewer bytes than were asked for though the file has more."
+    expected, original = list(count_pretokens_clear(some_text, [SPECIAL]).items()), pre._read_some
+    monkeypatch.setattr(pre, "_read_some", lambda file, view, at: original(file, view[:1 + len(view) // 3], at))
+    assert list(count_words(some_text, [SPECIAL], num_threads=3, chunk_bytes=5000).counter().items()) == expected
+
+
+def test_a_failing_disk_is_an_ordinary_error(some_text, monkeypatch):
+    calls, original = [], pre._read_some
+    def fail_later(*args):
+        calls.append(args)
+        if len(calls) > 20: raise OSError(5, "Input/output error")
+        return original(*args)
+    monkeypatch.setattr(pre, "_read_some", fail_later)
+    for threads in (1, 3):
+        calls.clear()
+        with pytest.raises(OSError, match="Input/output error"):
+            count_words(some_text, [SPECIAL], num_threads=threads, chunk_bytes=5000)
+
+
 def test_an_executor_tells_faults(tmp_path, processes, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_bytes(b"good words " * 10_000 + b"\xff" + b" more words" * 10_000 + b"\xfe")
     with pytest.raises(ValueError, match="text.txt is not UTF-8: .* at byte 110,000;"):
         count_words(path, [], executor=processes, shard_bytes=50_000)
     path.write_text("some words " * 10_000)
-    pending, original = [], pre.safe_shards
+    original = pre.cut_files
     def shrinking(*args):
         for shard in original(*args):
             with open(path, "r+b") as file: file.truncate(80_000)
             yield shard
-    monkeypatch.setattr(pre, "safe_shards", shrinking)
+    monkeypatch.setattr(pre, "cut_files", shrinking)
     with pytest.raises(OSError, match="changed from 110,000 to 80,000 bytes"):
         count_words(path, [], executor=processes, shard_bytes=30_000)
 
@@ -259,7 +381,7 @@ def test_a_text_that_cannot_be_cut_is_refused_in_time(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("good words " + "a" * 100_000)
     monkeypatch.setattr(pre, "LARGEST_CHUNK", 50_000)
-    with pytest.raises(ValueError, match="text.txt has no place where it may be cut in 50,000 bytes from byte 10 on"):
+    with pytest.raises(ValueError, match="text.txt has no place where it may be cut in 50,000 bytes from byte 1,000 on"):
         count_words(path, [], chunk_bytes=1000)
     assert list(pre.safe_shards(path, (), 20_000)) == [(0, path.stat().st_size)]
 
@@ -268,10 +390,10 @@ def test_chunks_stay_small(tmp_path):
     path = tmp_path / "text.txt"
     for text in ("many words, no token at all. " * 3000, "<|endoftext|>" * 5000, "一二三，四五六。" * 5000, "word\n" * 9000):
         path.write_text(text, encoding="utf-8")
-        reader, buffers, sizes = pre._ChunkReader(path, ("<|endoftext|>",), 4096, False), pre._Buffers(), []
-        while (found := pre._next_chunk(reader, buffers))[1]: sizes.append(found[1])
+        reader = pre._ChunkReader(pre.whole_files(path), ("<|endoftext|>",), 4096, False)
+        sizes = [chunk.end - chunk.begin for chunk in iter(lambda: pre._next_chunk(reader), None)]
         reader.close()
-        assert max(sizes) <= 4096 and sum(sizes) == path.stat().st_size
+        assert max(sizes) < 2 * 4096 and sum(sizes) == path.stat().st_size
 
 
 # -- choosing
@@ -343,13 +465,53 @@ def test_the_first_fault_of_the_file_is_told(tmp_path, parts, threads):
     else: assert count_words(path, ["<e>"], num_threads=threads, chunk_bytes=9).counter() == count_pretokens_clear(path, ["<e>"])
 
 
+def message(call, *args, **kwargs) -> str:
+    try: call(*args, **kwargs)
+    except ValueError as error: return str(error)
+    return "no error"
+
+
+# Whole characters, and all that may be wrong with one: cut off, a byte too many, too long, a surrogate, too large.
+BROKEN = [b"\x80", b"\xc3", b"\xe3", b"\xe3\x81", b"\xf0", b"\xf0\x9f", b"\xf0\x9f\x98", b"\xc0\x80", b"\xe0\x80\x80", b"\xed\xa0\x80",
+          b"\xed", b"\xf4\x90\x80\x80", b"\xf4", b"\xf5", b"\xff", b"\xf0\x9f\x98A", b"\xe3A", b"\xe3\xe3\x81\x82"]
+
+
+@pytest.mark.parametrize("after", [b"", b"<e>", b"<e>" * 20, b" words after it" * 4, "é".encode() * 20])
+def test_a_fault_is_told_as_by_the_clear_version(tmp_path, after):
+    "Place and reason, wherever a chunk or a shard ends: also right behind the fault, before a special token."
+    path, messages = tmp_path / "text.txt", set()
+    with ThreadPoolExecutor(1) as executor:
+        for broken, before in itertools.product(BROKEN, range(0, 12)):
+            path.write_bytes(b"<e>" * 5 + b"x" * before + broken + after)
+            expected = message(count_pretokens_clear, path, ["<e>"])
+            assert "is not UTF-8" in expected
+            messages.add(expected.split(" at byte")[0])
+            for size in (1, 4, 9, 14, 20, 27):
+                assert message(count_words, path, ["<e>"], chunk_bytes=size) == expected
+                assert message(count_words, path, ["<e>"], executor=executor, shard_bytes=size) == expected
+    assert len(messages) == (3 if after == b"" else 2)  # the file's end is told only where it is
+
+
+@given(st.lists(st.sampled_from([*BROKEN, b"good words. ", "日本".encode(), b"<e>", b"<e>", b"'"]), max_size=30), st.integers(1, 40),
+       st.integers(1, 3))
+@settings(max_examples=300)
+def test_any_fault_is_told_as_by_the_clear_version(tmp_path, parts, chunk_bytes, threads):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"".join(parts))
+    expected = message(count_pretokens_clear, path, ["<e>"])
+    assert message(count_pretokens_clear, path, ["<e>"], chunk_bytes=chunk_bytes) == expected
+    assert message(count_words, path, ["<e>"], num_threads=threads, chunk_bytes=chunk_bytes) == expected
+
+
 def test_bytes_without_any_character_are_not_all_read(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xff" * 1_000_000)
-    read, original = [], pre._read_exactly
-    monkeypatch.setattr(pre, "_read_exactly", lambda reader, at, view: (read.append(len(view)), original(reader, at, view)))
+    read, original = [], pre.read_at
+    monkeypatch.setattr(pre, "read_at", lambda file, view, at: (read.append(len(view)), original(file, view, at))[1])
     with pytest.raises(ValueError, match="at byte 0;"): count_words(path, [], chunk_bytes=1000)
-    assert sum(read) == 1000
+    assert sum(read) < 1100
+    with ThreadPoolExecutor(2) as executor, pytest.raises(ValueError, match="at byte 0;"):
+        count_words(path, [], executor=executor, shard_bytes=10_000)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -358,8 +520,8 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch, threads, ne
     path = tmp_path / "text.txt"
     path.write_text("some words " * 10_000)
     original = pre._next_chunk
-    def and_change(reader, buffers):
-        found = original(reader, buffers)
+    def and_change(reader):
+        found = original(reader)
         with open(path, "r+b") as file: file.truncate(new_size)
         return found
     monkeypatch.setattr(pre, "_next_chunk", and_change)
