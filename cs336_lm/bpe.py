@@ -540,7 +540,8 @@ def _rebuild(index: _Index, watermark: int) -> None:
     keep_frequent(watermark, self.pairs, self.tallies, used)
     self.table = np.zeros((1 << int(4 * used[0] + 256).bit_length(), 2), np.int64)
     fill_table(self.table, self.pairs, used[0])
-    self.places, self.heap = np.zeros(3 * used[1] // 2 + 1024, np.int32), np.zeros((len(self.pairs), 2), np.int64)
+    # Room that is not written to costs no memory; to make it larger later would cost a copy of all of it.
+    self.places, self.heap = np.zeros(3 * used[1] + 1024, np.int32), np.zeros((len(self.pairs), 2), np.int64)
     self.shelves, self.links = np.full(SHELVES, -1, np.int32), np.zeros(len(self.pairs), np.int32)
     place_pairs(self.slots, self.ends, self.table, self.tallies, self.places)
     put_all(self.heap, used, self.tallies, watermark, self.shelves, self.links, self.pairs, self.heads, self.texts,

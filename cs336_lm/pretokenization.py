@@ -732,18 +732,24 @@ def count_pieces(words, starts, piece, pieces, offset, short, long, store, used,
 
 # %% ../nbs/03_pretokenization.ipynb #1abdf390
 @compiled
-def pour(short, long, store, into_short, into_long, into_store, used):
-    "Add all words of one table to another, which has room for them."
-    for frequent in (True, False):
-        for k in range(len(short)):
-            if short[k, 1] != np.uint64(0) and (short[k, 2] > np.uint64(64)) == frequent:
-                used[0] += add_short(into_short, short[k, 0], short[k, 1], short[k, 2], short[k, 3])
-    for k in range(len(long)):
-        if long[k, 2] != np.uint64(0):
-            begin, width = 8 * np.int64(long[k, 1]), np.int64(long[k, 2])
-            added = add_long(into_long, into_store, used[2], store, begin, width, long[k, 3], long[k, 4])
-            used[1] += added > 0
-            used[2] += added
+def pour(short, long, store, into_short, into_long, into_store, used, step):
+    """Add the words of one table to another, from a step on; the step for which there was no room.
+
+    Steps: all short words for the frequent ones, all again for the others, all long words."""
+    rows = len(short)
+    for k in range(step, 2 * rows):
+        if 4 * used[0] >= 3 * len(into_short): return k
+        row = k if k < rows else k - rows
+        if short[row, 1] != np.uint64(0) and (short[row, 2] > np.uint64(64)) == (k < rows):
+            used[0] += add_short(into_short, short[row, 0], short[row, 1], short[row, 2], short[row, 3])
+    for k in range(max(step - 2 * rows, 0), len(long)):
+        begin, width = 8 * np.int64(long[k, 1]), np.int64(long[k, 2])
+        if 4 * used[1] >= 3 * len(into_long) or 8 * used[2] + width > 8 * len(into_store) - 16: return 2 * rows + k
+        if width == 0: continue
+        added = add_long(into_long, into_store, used[2], store, begin, width, long[k, 3], long[k, 4])
+        used[1] += added > 0
+        used[2] += added
+    return 2 * rows + len(long)
 
 # %% ../nbs/03_pretokenization.ipynb #a8db437e
 def _aligned_zeros(rows: int, columns: int) -> np.ndarray:
@@ -751,6 +757,9 @@ def _aligned_zeros(rows: int, columns: int) -> np.ndarray:
     room = np.zeros(rows * columns + 8, np.uint64)
     first = -room.ctypes.data % 64 // 8
     return room[first:first + rows * columns].reshape(rows, columns)
+
+
+_growing = threading.Lock()  # one table at a time needs room for its old rows beside the new ones
 
 
 class WordTable:
@@ -765,8 +774,10 @@ class WordTable:
     def make_room(self, short: int, long: int, store: int) -> None:
         "Room for so many more short words, long words and numbers of long words' store."
         room = np.maximum(self.used + (short, long, store), (len(self.short) // 4, len(self.long) // 4, 1 << 14))
-        old, self.__dict__ = self.__dict__, WordTable(room).__dict__
-        pour(old["short"], old["long"], old["store"], self.short, self.long, self.store, self.used)
+        with _growing:
+            old, self.__dict__ = self.__dict__, WordTable(room).__dict__
+            pour(old["short"], old["long"], old["store"], self.short, self.long, self.store, self.used, 0)
+            del old
 
     def count(self, words, starts, pieces: int, offset: int) -> None:
         "Count the pieces that `find_starts` found in a text that begins at `offset` in its file."
@@ -782,9 +793,9 @@ class WordTable:
 
     def absorb(self, short, long, store, used) -> None:
         "Add the counts of another table's arrays or rows."
-        room = len(self.short) // 2, len(self.long) // 2, len(self.store) - 2
-        if any(self.used + used >= room): self.make_room(*used)
-        pour(short, long, store, self.short, self.long, self.store, self.used)
+        step, end = 0, 2 * len(short) + len(long)
+        while (step := pour(short, long, store, self.short, self.long, self.store, self.used, step)) < end:
+            self.make_room(1, 1, int(used[2]) + 1)
 
 # %% ../nbs/03_pretokenization.ipynb #c94ad033
 class Words(NamedTuple):

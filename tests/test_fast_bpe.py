@@ -370,6 +370,21 @@ def test_tables_grow(tmp_path):
     for threads in (1, 3): assert list(count_words(path, [], num_threads=threads).counter().items()) == expected
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_table_takes_others_in(tmp_path, copies, monkeypatch):
+    "Small tables that grow while they absorb, several times; words that are in both and words that are in one."
+    expected, table, grown, original = pre.Counter(), pre.WordTable((1, 1, 1)), [], pre.WordTable.make_room
+    monkeypatch.setattr(pre.WordTable, "make_room", lambda self, *room: (grown.append(self is table), original(self, *room)))
+    for part in range(4):
+        path = tmp_path / f"{part}.txt"
+        path.write_text("".join(f"{n % 977} x{n + 2000 * part}\n {'long' * 5}{n % 701 + 99 * part}{'!' * (n % 300)}" for n in range(3000)) * copies)
+        words = pre._count_parts(pre.whole_files(path), (), 1, 1000)
+        table.absorb(*(words.rows() if part % 2 else (words.short, words.long, words.store, words.used)))
+        expected += count_pretokens_clear(path, [])
+        assert pre.words_of(table, False).counter() == expected
+    assert sum(grown) > 2
+
+
 def test_a_word_larger_than_a_chunk(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("start " + "日" * 400_000 + "<e>" + "b" * 900_000 + " end")
