@@ -5,11 +5,17 @@
     python benchmarks/tokenizers.py run --only train ours,gigabpe 100MB --threads 1,2
     python benchmarks/tokenizers.py show
     python benchmarks/tokenizers.py record figures/runs/tokenizer-benchmark.json
+    python benchmarks/tokenizers.py missing figures/runs/tokenizer-benchmark.json
 
 Every row is a process of its own; what it found is a line of `--rows`. A row that stands there for this machine and
 this code is not made again, so the benchmark can be stopped at any time and goes on where it was. `--only` takes words
 that must all fit a row: task (line-train, check-count), name, size, vocabulary; a comma between words is "or". A peer
 that is not installed is left out.
+
+`record` puts the medians into a file that keeps what it has: a newer row takes the place of an older one of the same
+setting and name, and each tells its own date, machine, commit and runs. So a few rows can be made again at any time;
+times are only divided by each other where they are of one machine and text. `missing` tells which rows a record has not
+(or with fewer runs, or of other code of ours).
 
 - train: a file to merges. batch: documents (str) in memory to lists of ids. decode: an array of ids to bytes.
 - encode: a file to a token file on the disk, the word cache empty. gigatoken gives arrays in memory, which are then
@@ -33,6 +39,7 @@ sys.path.pop(0)  # this file has the name of a package that it imports
 import argparse, ast, gc, hashlib, heapq, importlib.metadata, importlib.util, itertools, json, os, platform, random
 import shutil, statistics, subprocess, tempfile, time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -660,7 +667,17 @@ def make_row(row: dict, files: Files, timeout: float) -> dict:
         found = min(tries, key=lambda one: one.get("others", 0)) | {"tries": len(tries)}
     except (subprocess.SubprocessError, OSError) as error: found = {"error": str(error)[-300:]}
     for output in files.work.glob("output*"): output.unlink()
-    return found | {"load": round(os.getloadavg()[0], 1), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return found | {"load": round(os.getloadavg()[0], 1), "date": date} | commit()
+
+
+@lru_cache(maxsize=1)
+def commit() -> dict:
+    "The commit of the working tree, with + where files differ from it; nothing where git does not tell."
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError): return {}
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def cold(command: list[str], env: dict, timeout: float) -> dict:
@@ -697,9 +714,8 @@ def child(command: list[str], env: dict | None = None, timeout: float = 3600) ->
 
 TASKS = "train", "encode", "array", "batch", "decode", "short", "line", "cold", "replay", "check"
 SETTING = ("task", "of", "size", "vocab", "characters", "threads")
-MIDDLE = ("ids_seconds", "cpu_seconds", "anonymous_bytes", "hwm_bytes")  # of these the median
-NOT_KEPT = {"turn", "machine", "text", "code", "load", "date", "sha256", "sets", "seconds", "anonymous_before", "tries",
-            "others", *MIDDLE}
+ORIGIN = ("machine", "text", "date", "commit", "code")  # where an entry of a record comes from
+NOT_KEPT = {"turn", "load", "sha256", "sets", "seconds", "anonymous_before", "tries", "others", *ORIGIN}
 
 
 def place(one: tuple) -> tuple:
@@ -730,18 +746,31 @@ def entry(runs: list[dict], ours: str | None) -> dict:
     "Several runs of one row together: those that others left alone, if there are any."
     runs = [row for row in runs if row.get("others", 0) <= QUIET] or runs
     first, seconds = runs[0], [row["seconds"] for row in runs]
-    found = {field: value for field, value in first.items() if field not in NOT_KEPT}
+    found = {field: middle([row[field] for row in runs if field in row]) for field in first if field not in NOT_KEPT}
     found |= {"runs": len(runs), "seconds": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds)}
-    found |= {field: statistics.median(row[field] for row in runs) for field in MIDDLE if field in first}
-    if ours and "sha256" in first: found["same_as_ours"] = all(row["sha256"] == ours for row in runs)
+    if "sha256" in first:
+        results = {row["sha256"][:12] for row in runs}
+        found["result"] = results.pop() if len(results) == 1 else "differs from run to run"
+        if ours: found["same_as_ours"] = found["result"] == ours[:12]
+    newest = max(runs, key=lambda row: row["date"])
+    found |= {field: newest[field] for field in ORIGIN if field in newest}
     return found | {"others": max(row.get("others", 0) for row in runs)}
 
 
+def middle(values: list):
+    "The median of what was measured, part by part; whether all are right; of anything else the first."
+    if isinstance(values[0], dict): return {key: middle([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], bool): return all(values)
+    measured = isinstance(values[0], (int, float)) and len(set(values)) > 1
+    return statistics.median(values) if measured else values[0]
+
+
 def beside_ours(table: list[dict]) -> Iterator[tuple[dict, dict[str, dict]]]:
-    "Each entry of ours with the peers' entries of the same setting."
+    "Each entry of ours with the peers' entries of the same setting, machine and text."
+    about = lambda t: (setting(t), t["machine"], t["text"])
     for ours in table:
         if ours["name"] == "ours":
-            yield ours, {t["name"]: t for t in table if setting(t) == setting(ours) and t["name"] != "ours"}
+            yield ours, {t["name"]: t for t in table if about(t) == about(ours) and t["name"] != "ours"}
 
 
 def ratios(table: list[dict]) -> list[dict]:
@@ -762,8 +791,12 @@ def ratios(table: list[dict]) -> list[dict]:
 
 
 def lines(table: list[dict]) -> list[dict]:
-    "Least squares through seconds and memory against bytes, and what the line says for the write-up's larger file."
+    """Least squares through seconds and memory against bytes, and what the line says for the write-up's larger file.
+
+    Points of another machine than the newest one's are left out."""
     found, of_line = [], [t for t in table if t["task"] == "line"]
+    newest = max(of_line, key=lambda t: t["date"], default=None)
+    of_line = [t for t in of_line if t["machine"] == newest["machine"]]
     for of, vocab, threads in dict.fromkeys((t["of"], t["vocab"], t["threads"]) for t in of_line):
         points = [(float(t["bytes"]), t["seconds"], t["anonymous_bytes"])
                   for t in of_line if (t["of"], t["vocab"], t["threads"]) == (of, vocab, threads)]
@@ -818,20 +851,68 @@ def table_row(t: dict, ours: dict) -> str:
             f"{seconds / ours['seconds']:.2f} | {cpu} | {memory} | {same} | {t['runs']} | {t['others']:.2f} |")
 
 
+def recorded(path: Path) -> tuple[dict, list[dict]]:
+    "A record and all of its entries, each with its origin; of the record's own where it has none."
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    entries = [t for part in ("rows", "line_rows", "cold", "replay", "check") for t in record.get(part, [])]
+    if "line_rows" not in record: entries += points_as_rows(record.get("line", []))
+    common = {field: record[field] for field in ("machine", "text", "date", "commit") if field in record}
+    for t in entries:
+        code = record.get("code", {}).get("training" if trains(t) else "encoding") if t["name"] == "ours" else None
+        t.update(common | ({"code": code} if code else {}) | t)
+    return record, entries
+
+
+def points_as_rows(lines: list[dict]) -> list[dict]:
+    "The points of lines as entries: records once had no others of them."
+    return [{"task": "line", "of": line["of"], "name": "ours", "vocab": line["vocab"], "threads": line["threads"],
+             "size": f"{min(LINE_SIZES, key=lambda size: abs(size * 1e6 - bytes))}MB", "bytes": bytes, "runs": 1,
+             "seconds": seconds, "anonymous_bytes": anonymous}
+            for line in lines for bytes, seconds, anonymous in line["points"]]
+
+
+def merge_entries(old: list[dict], new: list[dict]) -> list[dict]:
+    "All entries; of two with the same setting and name the newer one. Whether a result is ours is looked at anew."
+    found = {}
+    for t in sorted(old + new, key=lambda t: t["date"]): found[setting(t), t["name"]] = t
+    for (of, name), t in found.items():
+        ours = found.get((of, "ours"), {})
+        if "result" in t and "result" in ours: t["same_as_ours"] = t["result"] == ours["result"]
+    names = list(PACKAGES)
+    return sorted(found.values(), key=lambda t: (place(setting(t)), names.index(t["name"])))
+
+
 def record(args) -> None:
-    "The medians, ratios and lines as a JSON file that the chapters read."
-    rows = read_here(args)
-    table, of = medians(rows), lambda *tasks: [t for t in table if t["task"] in tasks]
-    newest = rows[-1]
-    content = {"machine": newest["machine"], "python": platform.python_version(), "date": newest["date"][:10],
-               "text": newest["text"],
-               "code": {"training" if trains(row) else "encoding": row["code"] for row in rows if "code" in row},
-               "versions": {row["name"]: row["version"] for row in rows}, "ties": TIES, "write_up": WRITE_UP,
-               "rows": of(*TASKS[:6]), "ratios": ratios(table), "line": lines(table),
+    "Put the medians into a JSON file that the chapters read, beside what it has already; ratios and lines from all."
+    kept, old = recorded(args.output)
+    rows = read_here(args) if not old or args.rows.is_file() else []
+    table, of = merge_entries(old, medians(rows)), lambda *tasks: [t for t in table if t["task"] in tasks]
+    by_date = sorted(table, key=lambda t: t["date"])
+    newest, versions = by_date[-1], {t["name"]: t["version"] for t in by_date if "version" in t}
+    content = {"machine": newest["machine"], "python": platform.python_version() if rows else kept["python"],
+               "date": newest["date"][:10], "text": newest["text"],
+               "code": {"training" if trains(t) else "encoding": t["code"] for t in by_date if "code" in t},
+               "versions": kept.get("versions", {}) | versions, "ties": TIES, "write_up": WRITE_UP,
+               "rows": of(*TASKS[:6]), "ratios": ratios(table), "line": lines(table), "line_rows": of("line"),
                "cold": of("cold"), "replay": of("replay"), "check": of("check")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write(args.output, (json.dumps(rounded(content), indent=1) + "\n").encode())
-    print(f"{args.output}: {len(content['rows'])} rows, {len(content['ratios'])} ratios")
+    new = sum(t not in old for t in table)
+    print(f"{args.output}: {len(table)} rows, {new} of them new, {len(content['ratios'])} ratios")
+
+
+def missing(args) -> None:
+    "Print the rows that a record has not, or with fewer runs than wanted, or of other code of ours than is here now."
+    has = {(setting(t), t["name"]): t for t in recorded(args.output)[1]}
+    wanted = {}
+    for row in all_rows(args):
+        if fits(row, args.only): wanted.setdefault((setting(row), row["name"]), []).append(row)
+    for key, rows in wanted.items():
+        t = has.get(key, {})
+        runs, other = t.get("runs", 0), "code" in t and t["code"] != code_hash(rows[0])
+        if runs < len(rows) or other:
+            why = f"{runs} of {len(rows)} runs" + ", of other code" * other
+            print(f"{title(rows[0]).removesuffix(', run 1')}: {why}")
 
 
 def rounded(value):
@@ -853,25 +934,26 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in made: return made[sys.argv[1]](*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
-    run, shown, recorded = (tasks.add_parser(name) for name in ("run", "show", "record"))
+    run, shown, to_record, to_miss = (tasks.add_parser(name) for name in ("run", "show", "record", "missing"))
     folder = ROOT / "build" / "benchmark"
-    for sub in (run, shown, recorded): sub.add_argument("--rows", type=Path, default=folder / "rows.jsonl")
+    for sub in (run, shown, to_record): sub.add_argument("--rows", type=Path, default=folder / "rows.jsonl")
+    for sub in (to_record, to_miss): sub.add_argument("output", type=Path)
     data = Path(os.environ.get("CS336_DATA", ROOT / "data"))
     run.add_argument("--text", type=Path, default=data / "web_train.txt")
     run.add_argument("--work", type=Path, default=folder, help="folder for files that rows need")
     run.add_argument("--gpt2", type=Path, help="folder with GPT-2's two files; else 50,257 entries are trained")
-    run.add_argument("--sizes", type=numbers, default=[100, 488], help="megabytes of the text")
-    run.add_argument("--line-sizes", type=numbers, default=list(LINE_SIZES))
-    run.add_argument("--vocab", type=numbers, default=[10_000, 32_000])
-    run.add_argument("--threads", type=numbers, default=[2, 1])
-    run.add_argument("--repeats", type=int, default=5)
-    run.add_argument("--only", nargs="+", default=[])
+    for sub in (run, to_miss):
+        sub.add_argument("--sizes", type=numbers, default=[100, 488], help="megabytes of the text")
+        sub.add_argument("--line-sizes", type=numbers, default=list(LINE_SIZES))
+        sub.add_argument("--vocab", type=numbers, default=[10_000, 32_000])
+        sub.add_argument("--threads", type=numbers, default=[2, 1])
+        sub.add_argument("--repeats", type=int, default=5)
+        sub.add_argument("--only", nargs="+", default=[])
     run.add_argument("--minutes", type=float, help="start no row after so many minutes")
     run.add_argument("--redo", type=float, default=float("inf"), help="also make rows whose `others` was above this")
     run.add_argument("--timeout", type=float, default=900, help="seconds for a row")
-    recorded.add_argument("output", type=Path)
     args = parser.parse_args()
-    try: {"run": run_all, "show": show, "record": record}[args.task](args)
+    try: {"run": run_all, "show": show, "record": record, "missing": missing}[args.task](args)
     except KeyboardInterrupt: raise SystemExit("\nstopped; the rows that are done stand in the file") from None
     except subprocess.SubprocessError as error: raise SystemExit(str(error)) from None
 
