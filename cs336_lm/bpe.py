@@ -181,7 +181,7 @@ def lay_out(text, ends, counts, slots):
         begin = ends[w]
     return n
 
-
+# %% ../nbs/04_bpe.ipynb #432dbd97
 @compiled
 def weight_at(slots, i, counts):
     "How often the word in slot `i` occurs."
@@ -205,7 +205,7 @@ def pair_row(table, key):
     while table[row, 0] != 0 and table[row, 0] != key: row = (row + np.uint64(1)) & mask
     return row
 
-
+# %% ../nbs/04_bpe.ipynb #9bfbceee
 @compiled
 def new_pair(table, pairs, used, a, b):
     "Give a pair that is not in the table the next number. used[0]: how many pairs there are."
@@ -250,7 +250,7 @@ def keep_frequent(watermark, pairs, tallies, used):
         tallies[k, 0], tallies[k, 1], tallies[k, 2] = tallies[q, 0], used[1], 0
         used[0], used[1] = k + 1, used[1] + occurrences
 
-
+# %% ../nbs/04_bpe.ipynb #bc7c1347
 @compiled
 def fill_table(table, pairs, number):
     "Put all pairs into an empty table."
@@ -258,7 +258,7 @@ def fill_table(table, pairs, number):
         row = pair_row(table, pair_key(pairs[q, 0], pairs[q, 1]))
         table[row, 0], table[row, 1] = pair_key(pairs[q, 0], pairs[q, 1]), q
 
-
+# %% ../nbs/04_bpe.ipynb #b87dddf8
 @compiled
 def place_pairs(slots, ends, table, tallies, places):
     "Write down where the pairs of the table stand."
@@ -285,7 +285,7 @@ def token_order(x, y, heads, texts, ends):
         if texts[begin_x + k] != texts[begin_y + k]: return 1 if texts[begin_x + k] > texts[begin_y + k] else -1
     return width_x - width_y
 
-
+# %% ../nbs/04_bpe.ipynb #42137acd
 @compiled
 def is_above(count, q, other_count, other, pairs, heads, texts, ends):
     "Whether (count, pair q) comes before the other: the greater count, and of equals the greater pair."
@@ -294,7 +294,7 @@ def is_above(count, q, other_count, other, pairs, heads, texts, ends):
     if order == 0: order = token_order(pairs[q, 1], pairs[other, 1], heads, texts, ends)
     return order > 0
 
-# %% ../nbs/04_bpe.ipynb #42137acd
+# %% ../nbs/04_bpe.ipynb #a3a1ae0a
 @compiled
 def sink(heap, size, i, pairs, heads, texts, ends):
     "Move entry `i` down to where no entry below it is greater."
@@ -307,7 +307,7 @@ def sink(heap, size, i, pairs, heads, texts, ends):
         heap[i, 0], heap[i, 1], i = heap[k, 0], heap[k, 1], k
     heap[i, 0], heap[i, 1] = count, q
 
-
+# %% ../nbs/04_bpe.ipynb #6320ef50
 @compiled
 def push(heap, used, count, q, pairs, heads, texts, ends):
     "Put an entry in: at the end, and up to where the entry above it is greater. used[2]: entries."
@@ -344,7 +344,7 @@ def put_all(heap, used, tallies, watermark, shelves, links, pairs, heads, texts,
         if count >= used[5]: push(heap, used, count, q, pairs, heads, texts, ends)
         else: shelve(q, count, watermark, shelves, links)
 
-
+# %% ../nbs/04_bpe.ipynb #e3f54c1d
 @compiled
 def next_shelf(heap, used, tallies, watermark, shelves, links, pairs, heads, texts, ends):
     "Lower the level to the next shelf with pairs on it and put them into the empty heap; False if there is none."
@@ -424,7 +424,7 @@ def bear(near, side, found, n, new_id, watermark, arrays, used):
         if weight >= used[5]: push(heap, used, weight, q, pairs, heads, texts, ends)
         else: shelve(q, weight, watermark, shelves, links)
 
-
+# %% ../nbs/04_bpe.ipynb #8701ecc4
 @compiled
 def fill_places(near, events, n, places):
     "Write the noted places into the stretches of the born pairs."
@@ -435,7 +435,7 @@ def fill_places(near, events, n, places):
         if at < 0: continue
         places[at], near[x, side] = events[k, 1], at + 1
 
-
+# %% ../nbs/04_bpe.ipynb #5d923350
 @compiled
 def take_losses(near, side, found, n, other, table, tallies):
     "Take what the neighbours of one side lost off their pairs with `other`, and clear their rows."
@@ -457,7 +457,7 @@ def add_token(t, a, b, heads, texts, ends):
         head = head << np.uint64(8) | np.uint64(texts[ends[t] + k] if ends[t] + k < end else 0)
     heads[t] = head
 
-
+# %% ../nbs/04_bpe.ipynb #5c287dc6
 @compiled
 def has_room(q, new_id, places, events, arrays, used):
     "Whether all arrays have room for what merging pair `q` can add. used[4] becomes the number of its places."
@@ -503,7 +503,7 @@ def _longer(array: np.ndarray, length: int) -> np.ndarray:
     new[:len(array)] = array
     return new
 
-
+# %% ../nbs/04_bpe.ipynb #6f1ec30a
 class _Index:
     "The arrays that `learn` works on; `used`: pairs, places, heap entries, merges, places of a pair, the level."
 
@@ -524,7 +524,7 @@ class _Index:
         return learn(self.slots, self.counts, self.places, self.near, self.events, self.found, arrays, self.used,
                      self.merges, stop, self.watermark)
 
-# %% ../nbs/04_bpe.ipynb #6f1ec30a
+# %% ../nbs/04_bpe.ipynb #5c15e64d
 FIRST_PAIRS = 1 << 16  # room for as many pairs as there are of bytes
 
 
@@ -547,7 +547,7 @@ def _rebuild(index: _Index, watermark: int) -> None:
     put_all(self.heap, used, self.tallies, watermark, self.shelves, self.links, self.pairs, self.heads, self.texts,
             self.ends)
 
-
+# %% ../nbs/04_bpe.ipynb #282dabba
 def _make_room(index: _Index, pairs: int, places: int) -> None:
     "Room for so many more pairs, places of pairs and events."
     self, used = index, index.used

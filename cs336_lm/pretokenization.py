@@ -179,7 +179,7 @@ def _check_at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1: raise ValueError(f"{name} must be at least 1, not {value}")
 
-
+# %% ../nbs/03_pretokenization.ipynb #06f99923
 def count_pretokens_clear(paths: Paths, special_tokens: Iterable[str], *, num_processes: int = 1,
                           progress: bool = False, chunk_bytes: int = 1 << 20) -> Counter[bytes]:
     """How often each pre-token occurs in a text file or several: the specification of `count_pretokens`, which see.
@@ -367,7 +367,7 @@ def byte_mask(text, i, byte):
     "The mask of those of the 64 bytes from `i` on that are `byte`."
     return mask_of(text, i, byte, byte)
 
-
+# %% ../nbs/03_pretokenization.ipynb #4153eced
 def lowest_bit(mask):
     "The place of the lowest bit of a mask, 64 if it has none."
     k = 0
@@ -471,7 +471,7 @@ def _try_masks(text, words):
     return masks + (byte_mask(text, 3, text[7]), np.uint64(lowest_bit(masks[2])), count_bits(masks[0]),
                     np.uint64(lowest_bit(masks[5] ^ masks[5])), eight_bytes(words, 13))
 
-
+# %% ../nbs/03_pretokenization.ipynb #65084fa6
 def _choose_twins() -> None:
     "Put the vector code in the place of its twins where it works, and the compiled twins elsewhere."
     text = "One day, it's 12 o'clock:\tMalmö was\n\n asleep. «Wake up!» said the cat, who isn't."
@@ -492,7 +492,7 @@ def bits_below(n):
     "The mask of the bits 0 to n - 1."
     return (np.uint64(1) << np.uint64(n)) - np.uint64(1) if n < 64 else ~np.uint64(0)
 
-
+# %% ../nbs/03_pretokenization.ipynb #22b7f4f2
 @compiled
 def add_wide(text, base, size, kinds, high, letters, numbers, spaces):
     """The masks with the characters of several bytes; blanks of two and of three bytes; bytes that follow a first one.
@@ -623,7 +623,7 @@ def first_row(low, high, rows):
     mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)  # odd, bits spread
     return (mixed ^ mixed >> np.uint64(32)) & np.uint64(rows - 1)
 
-
+# %% ../nbs/03_pretokenization.ipynb #98ef2ee0
 @compiled
 def add_short(short, low, high, times, place):
     "Count a word of at most 15 bytes; 1 if it is new. Rows: low, high, count, first place; high is 0 in free ones."
@@ -761,7 +761,7 @@ def _aligned_zeros(rows: int, columns: int) -> np.ndarray:
 
 _growing = threading.Lock()  # one table at a time needs room for its old rows beside the new ones
 
-
+# %% ../nbs/03_pretokenization.ipynb #3e34403e
 class WordTable:
     "Words and how often each was counted, in arrays that compiled code can fill; memory grows with distinct words."
 
@@ -913,7 +913,7 @@ class Part(NamedTuple):
     size: int
     before: int = 0
 
-
+# %% ../nbs/03_pretokenization.ipynb #37203866
 def whole_files(paths: Paths) -> list[Part]:
     "All of each file, one behind the other."
     paths = list_paths(paths)
@@ -921,7 +921,7 @@ def whole_files(paths: Paths) -> list[Part]:
     before = itertools.accumulate(sizes, initial=0)
     return [Part(path, 0, size, size, b) for path, size, b in zip(paths, sizes, before)]
 
-
+# %% ../nbs/03_pretokenization.ipynb #0af99cc9
 def check_size(part: Part, now: int, shorter: bool = False) -> None:
     "OSError if the file's size is not what it was at the start, or a read came to its end too early."
     if shorter or now != part.size:
@@ -1010,7 +1010,7 @@ class _ChunkReader:
         self.chunks.close()
         self.bar.close()
 
-
+# %% ../nbs/03_pretokenization.ipynb #b2c7f747
 def _next_chunk(reader: _ChunkReader) -> Part | None:
     "The next chunk, None after the last one. ValueError if it is too large."
     with reader.lock:
@@ -1086,7 +1086,7 @@ def count_shard(part: Part, special_tokens: tuple[str, ...]) -> tuple[np.ndarray
     if not compiled_ready(): raise RuntimeError("a worker of the executor has no numba; install it there as well")
     return _count_parts([part], special_tokens, 1, 1 << 19).rows()
 
-
+# %% ../nbs/03_pretokenization.ipynb #79bbf9a5
 def _count_in_executor(parts: list[Part], special_tokens: tuple[str, ...], executor: Executor, progress: bool,
                        shard_bytes: int) -> WordTable:
     "`count_shard` of each shard by the executor's workers, added up in order; after an error no more is begun."
