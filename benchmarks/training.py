@@ -230,34 +230,51 @@ def ladder(batch_size: int, tokens: Path | None, steps: int) -> Iterator[list[di
         torch.cuda.empty_cache()
 
 
-def loop(batch_size: int, tokens: Path, steps: int, repeats: int = 5) -> dict:
-    """Tokens a second of a whole run of `train` and of its step alone on one batch; evaluations are left out of both.
+def loop(batch_size: int, tokens: Path, steps: int, rounds: int = 3, parts_too: bool = False) -> dict:
+    """Tokens a second of whole runs of `train` and of their step alone on one batch, in turn; evaluations are left out of both.
 
-    Checkpoints come as often as a run's default says, two of them before the log's last line; how long the loop stands still for one is measured by itself.
+    A run's rate is that from its log's second line to the last, one checkpoint between them: as often as a run's default says where `steps` is above that by a log line.
+    How long the loop stands still for a checkpoint is measured by itself. `parts_too`: also runs without checkpoints, and with only a few log lines.
     """
     log_every = min(TrainConfig.log_every, max(1, steps // 5))
-    every = min(TrainConfig.checkpoint_every, (steps - log_every) // 2)
+    every, stretch = min(TrainConfig.checkpoint_every, steps - log_every), max(2, min(50, steps // 20))
     config = TrainConfig(name="loop", train_tokens=str(tokens), valid_tokens=str(tokens), model=MODEL, batch_size=batch_size, steps=steps, max_lr=RATE, warmup_steps=steps // 10,
                          min_lr=RATE / 10, log_every=log_every, eval_every=0, checkpoint_every=every, keep_checkpoints=2, **OPTIMIZER)
-    parts, records = TrainParts(), []
+    kinds = {"loop": {}} | ({"no checkpoints": dict(keep_checkpoints=0), "few lines": dict(log_every=steps // 2)} if parts_too else {})
+    parts, rates, bare_rates, evaluating = TrainParts(), {kind: [] for kind in kinds}, [], []
+    run = build_run(resolve_config(config), parts)
+    data = run.batch(1)
+    bare = lambda *_: run.train_step(*data, RATE)
+    timed(bare, lambda _: (), 0, 8)
+    for _ in range(rounds):
+        for kind, change in kinds.items():  # the bare step is timed beside each run, for a GPU's clock falls as it gets warm
+            bare_rates += [batch_size * MODEL.context_length / timed(bare, lambda _: (), 0, stretch) for _ in range(4)]
+            rate, seconds = whole_run(replace(config, **change), parts)
+            rates[kind].append(rate)
+            evaluating += seconds
+        bare_rates += [batch_size * MODEL.context_length / timed(bare, lambda _: (), 0, stretch) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, runs_dir=folder)
-        result = train(config, progress=False, parts=parts, on_record=records.append)
-        if result.status != "finished": raise RuntimeError(f"the loop's run ended as {result.status}: {result.reason}")
-        run = build_run(resolve_config(config), parts)
-        data = run.batch(1)
-        bare = lambda *_: run.train_step(*data, RATE)
-        timed(bare, lambda _: (), 0, 8)
-        seconds = statistics.median(timed(bare, lambda _: (), 0, max(2, min(50, steps // 20))) for _ in range(repeats))
+        run.folder = Path(folder)
+        (run.folder / "checkpoints").mkdir()
         saves = [saving_seconds(run) for _ in range(3)]
-    rate = loop_rate([r for r in records if r.get("step", 0) > 1])  # the line of step 1 comes before the step's recording as a CUDA graph
-    found = {"batch": batch_size, "steps": steps, "checkpoint_every": every, "checkpoints": steps // every, "loop_tokens_per_second": rate,
-             "step_tokens_per_second": batch_size * MODEL.context_length / seconds, "eval_seconds": [r["eval_seconds"] for r in records if r["kind"] == "eval"],
-             "evaluated_tokens": len(np.load(tokens, mmap_mode="r")), "checkpoint_seconds": [held for held, _ in saves], "written_seconds": [written for _, written in saves]}
+    found = {"batch": batch_size, "steps": steps, "checkpoint_every": every, "log_every": log_every, "loop_rates": rates["loop"], "step_rates": bare_rates,
+             "loop_tokens_per_second": statistics.median(rates["loop"]), "step_tokens_per_second": statistics.median(bare_rates),
+             "eval_seconds": evaluating, "evaluated_tokens": len(np.load(tokens, mmap_mode="r")), "checkpoint_seconds": [held for held, _ in saves], "written_seconds": [w for _, w in saves]}
     found["share"] = found["loop_tokens_per_second"] / found["step_tokens_per_second"]
+    if parts_too: found["parts"] = {kind: statistics.median(rates[kind]) / found["step_tokens_per_second"] for kind in kinds}
     print(f"whole loop, batch {batch_size}: {found['loop_tokens_per_second'] / 1e6:.4f} Mtok/s, {found['share']:.1%} of the step alone, a checkpoint every {every} steps; "
           f"it holds the loop for {', '.join(f'{1e3 * held:.0f}' for held, _ in saves)} ms and is on the disk after {', '.join(f'{1e3 * written:.0f}' for _, written in saves)} ms", flush=True)
+    for kind, share in found.get("parts", {}).items(): print(f"  {kind}: {share:.1%}", flush=True)
     return found
+
+
+def whole_run(config: TrainConfig, parts: TrainParts) -> tuple[float, list[float]]:
+    "Tokens a second of a run by its log, and the seconds of its evaluations."
+    records = []
+    with tempfile.TemporaryDirectory() as folder: result = train(replace(config, runs_dir=folder), progress=False, parts=parts, on_record=records.append)
+    if result.status != "finished": raise RuntimeError(f"the loop's run ended as {result.status}: {result.reason}")
+    rate = loop_rate([r for r in records if r.get("step", 0) > 1])  # the line of step 1 comes before the step's recording as a CUDA graph
+    return rate, [r["eval_seconds"] for r in records if r["kind"] == "eval"]
 
 
 def saving_seconds(run) -> tuple[float, float]:
@@ -301,7 +318,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--ladder", action="store_true", help="also what each change bought (CUDA)")
     parser.add_argument("--profile", action="store_true", help="also where a step's time goes (CUDA)")
-    parser.add_argument("--loop", type=int, nargs="?", const=2_010 if CUDA else 40, default=0, metavar="STEPS", help="also the whole loop as a share of the step (needs --tokens)")
+    parser.add_argument("--loop", type=int, nargs="?", const=1_010 if CUDA else 40, default=0, metavar="STEPS", help="also the whole loop as a share of the step (needs --tokens)")
+    parser.add_argument("--loop-parts", action="store_true", help="with --loop: also runs without checkpoints, and with few log lines")
+    parser.add_argument("--skip-peers", action="store_true", help="do not compare steps")
     parser.add_argument("--record", type=Path, help="JSON file for the numbers")
     parser.add_argument("--first-step", action="store_true", help="only the seconds to the first finished step")
     args = parser.parse_args()
@@ -321,13 +340,13 @@ def main() -> None:
         record.update(found)
         if args.record: args.record.write_text(json.dumps(record, indent=1) + "\n")
 
-    for size in sizes:
+    for size in sizes if not args.skip_peers else []:
         rows = compare(size, args.tokens, args.steps, args.repeats)
         for row in rows: row["share_of_matmul_rate"] = row["tokens_per_second"] * record["flops_per_token"] / record["matmul_flops"]
         keep(rows=record.get("rows", []) + rows)
-    if CUDA: keep(kernel_errors=kernel_errors())
+    if CUDA and not args.skip_peers: keep(kernel_errors=kernel_errors())
     if args.profile and CUDA: keep(profile={str(size): profile(size, args.tokens) for size in sizes})
-    if args.loop: keep(loop=[loop(size, args.tokens, args.loop) for size in sizes])
+    if args.loop: keep(loop=[loop(size, args.tokens, args.loop, parts_too=args.loop_parts) for size in sizes])
     if args.ladder and CUDA:
         for rows in ladder(sizes[0], args.tokens, args.steps): keep(ladder=rows)
     if args.record: print(f"written: {args.record}")
