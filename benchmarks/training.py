@@ -13,7 +13,7 @@ autocast, PyTorch's fused AdamW and clipping. Llama gets our initial weights, so
 import sys, time
 STARTED = time.time()
 sys.path.pop(0)  # this folder, whose tokenizers.py would stand in for the package that transformers imports
-import argparse, gc, json, re, statistics, tempfile
+import argparse, gc, importlib, json, re, statistics, tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from cs336_lm.optimization import AdamW, adamw_update_capturable
 from cs336_lm.training import (TrainConfig, TrainParts, TrainStep, build_run, device_name, finish_saving, float32_products, loop_rate, resolve_config,
                                save_run, train, training_loss)
 from cs336_lm.transformer import ModelConfig, TransformerLM
+IMPORTED = time.time()
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -310,6 +311,33 @@ def profile(batch_size: int, tokens: Path | None) -> dict[str, float]:
     return times
 
 
+def first_step(batch_size: int, tokens: Path | None) -> dict:
+    "Seconds from the start of the process to the first finished step, and where they went."
+    marks = [("imports", IMPORTED)]
+    def done(what: str) -> None: marks.append((what, time.time()))
+    torch.ones(1, device=DEVICE).item()
+    done("the device wakes up")
+    for name in ("torch._dynamo", "torch._inductor.compile_fx"): importlib.import_module(name)  # what torch.compile loads when it is first called
+    done("the compiler's imports")
+    step = Ours(batch_size)
+    done("weights, optimizer")
+    data = Batches(tokens, batch_size)(0)
+    done("tokens")
+    if DEVICE.type == "cuda": torch.zeros(8, 8, device=DEVICE, dtype=torch.bfloat16) @ torch.zeros(8, 8, device=DEVICE, dtype=torch.bfloat16)
+    synchronize()
+    done("matrix products wake up")
+    inner = step.train_step.optimizer.step
+    def update(*args):
+        synchronize()
+        done("forward, backward and their compilation")
+        inner(*args)
+    step.train_step.optimizer.step = update
+    step(*data).item()
+    done("update and its compilation")
+    times = [STARTED, *(at for _, at in marks)]
+    return {"first_step_seconds": round(times[-1] - STARTED, 2), "parts": {what: round(b - a, 2) for (what, _), a, b in zip(marks, times, times[1:])}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, help="token file; default: random tokens")
@@ -328,10 +356,7 @@ def main() -> None:
     if args.loop and not args.tokens: parser.error("--loop needs --tokens")
     if args.record and not args.record.parent.is_dir(): parser.error(f"no folder {args.record.parent} for the record")
     sizes = [int(b) for b in args.batch.split(",")]
-    if args.first_step:
-        step, batches = Ours(sizes[0]), Batches(args.tokens, sizes[0])
-        step(*batches(0)).item()
-        return print(json.dumps({"first_step_seconds": round(time.time() - STARTED, 2)}))
+    if args.first_step: return print(json.dumps(first_step(sizes[0], args.tokens)))
     record = {"device": device_name(DEVICE), "torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
               "tokens": args.tokens.name if args.tokens else "random", "model": asdict(MODEL), "flops_per_token": flops_per_token(MODEL), "matmul_flops": matmul_rate()}
     print(f"{record['device']}, torch {record['torch']}, matrix products {record['matmul_flops'] / 1e12:.1f} TFLOP/s", flush=True)
