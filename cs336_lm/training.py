@@ -42,25 +42,26 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE'
            'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig',
            'config_from_dict', 'load_config', 'pick_device', 'resolve_config', 'float32_products', 'autocast',
            'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
-           'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'call_model',
-           'evaluate', 'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
-           'loss_and_gradients', 'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded',
-           'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival',
-           'send', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
-           'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run',
-           'make_room', 'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop',
-           'record_evaluation', 'advance', 'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter',
-           'LivePlot', 'train_many', 'load_model']
+           'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums',
+           'torch_cross_entropy', 'eager_training_loss', 'call_model', 'evaluate', 'weight_norm', 'block_sizes',
+           'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory', 'loss_and_gradients', 'TrainStep',
+           'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
+           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged',
+           'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle', 'append_log',
+           'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'make_room',
+           'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation',
+           'advance', 'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot',
+           'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
                   learning_rate: Callable[[int], float], steps: int, first_step: int = 1,
-                  max_grad_norm: float = 1.0) -> list[float]:
+                  max_grad_norm: float = 1.0, loss_function: Callable = cross_entropy) -> list[float]:
     "The handout's loop, bare: the losses of steps `first_step`..`steps`. `batch(step)` gives (inputs, targets)."
     losses = []
     for step in range(first_step, steps + 1):
         inputs, targets = batch(step)
-        loss = cross_entropy(model(inputs), targets)
+        loss = loss_function(model(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
         clip_gradients(model.parameters(), max_grad_norm)
@@ -495,6 +496,17 @@ def evaluation_sums(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor
     variance = logits.float().var(dim=-1, correction=0) * counted
     return torch.stack([token_losses(logits, targets).sum(), counted.sum(), variance.sum()])
 
+# %% ../nbs/11_training.ipynb #13ac70c8
+def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    "`cross_entropy` of (..., vocab) logits at (...) targets by PyTorch's own operation, in float32 or wider."
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def eager_training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    "`training_loss` for a model that is not compiled together with its loss."
+    return torch_cross_entropy(model(inputs), targets)
+
 # %% ../nbs/11_training.ipynb #1648b7ae
 def call_model(model: nn.Module, function: Callable, *args: Tensor) -> Tensor:
     "`function(model, *args)`, within the model's wrapper for several processes if it has one."
@@ -799,13 +811,14 @@ class TrainParts:
         if world.size > 1 and config.strategy == "fsdp": return self._compile_blocks(config.compile)
         self.model.to(config.device)
         use_kernels(self.model, config.kernels == "on")
-        self.loss_function = _compiled(fused_training_loss if config.kernels == "on" else training_loss, config.compile)
+        plain = eager_training_loss if config.compile == "off" else training_loss
+        self.loss_function = _compiled(fused_training_loss if config.kernels == "on" else plain, config.compile)
         self.evaluation_function = _compiled(evaluation_sums, config.compile)
         self.update = _compiled(adamw_update_capturable, config.compile)
 
     def _compile_blocks(self, backend: str) -> None:
         "The parts of a model that will be sharded: what gathers a block's weights stands between compiled blocks."
-        self.loss_function, self.evaluation_function = training_loss, evaluation_sums
+        self.loss_function, self.evaluation_function = eager_training_loss, evaluation_sums
         if backend == "off": return
         for block in self.model.layers: block.compile(backend=backend, dynamic=False)
 

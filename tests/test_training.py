@@ -13,12 +13,12 @@ from hypothesis import given, settings, strategies as st
 from cs336_lm import training
 from cs336_lm.corpora import END_OF_TEXT
 from cs336_lm.dataset import IGNORE_INDEX, TokenFile, document_starts, encode_file
-from cs336_lm.optimization import AdamW
+from cs336_lm.optimization import AdamW, cross_entropy
 from cs336_lm.tokenizer import Tokenizer
 from cs336_lm.training import (DeviceRows, LivePlot, ModelConfig, Prefetch, StopRequest, TokenRows, TrainConfig, TrainParts, TrainStep,
                                TransformerLM, config_from_dict, evaluate, learning_rate, list_checkpoints, load_config,
                                load_checkpoint, load_model, open_rows, peak_flops, pick_device, planned_bytes, resolve_config,
-                               save_checkpoint, train, train_many, training_loop)
+                               save_checkpoint, torch_cross_entropy, train, train_many, training_loop)
 
 TINY = ModelConfig(vocab_size=257, context_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=32)
 
@@ -101,15 +101,35 @@ def test_one_batch_is_learned_by_heart(tmp_path, data):
 def test_train_is_the_clear_loop(config, rows):
     config = replace(config, rows=rows)
     result = run(config)
-    torch.manual_seed(config.seed)
-    model = TransformerLM(config.model)
-    optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     data = open_rows(config.train_tokens, config.model, rows, Tokenizer.load(config.tokenizer))
-    losses = training_loop(model, optimizer, lambda step: data.batch(config.batch_size, config.seed, step),
-                           lambda step: learning_rate(config, step), config.steps, max_grad_norm=config.max_grad_norm)
-    assert same_bits(torch.load(result.checkpoint, weights_only=True)["model"], model.state_dict())
+    found = {}
+    for loss_function in (cross_entropy, torch_cross_entropy):
+        torch.manual_seed(config.seed)
+        model = TransformerLM(config.model)
+        optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        losses = training_loop(model, optimizer, lambda step: data.batch(config.batch_size, config.seed, step), lambda step: learning_rate(config, step),
+                               config.steps, max_grad_norm=config.max_grad_norm, loss_function=loss_function)
+        found[loss_function] = model.state_dict(), losses
+    saved, (weights, losses) = torch.load(result.checkpoint, weights_only=True)["model"], found[torch_cross_entropy]
+    assert same_bits(saved, weights)
+    assert losses == pytest.approx(found[cross_entropy][1], rel=1e-4)
+    for name, weight in found[cross_entropy][0].items(): torch.testing.assert_close(saved[name], weight, rtol=1e-3, atol=1e-4)
     logged = [r["loss"] for r in records(result) if r["kind"] == "step"]
     assert logged == [losses[0], np.mean(losses[1:3])] + [sum(losses[i:i + 3]) / 3 for i in range(3, 18, 3)] + [sum(losses[18:]) / 2]
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(2, 40), st.floats(0.1, 30), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_torchs_cross_entropy_is_the_clear_one(batch, time, vocab, size, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (size * torch.randn(batch, time, vocab, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(vocab, (batch, time), generator=generator).where(torch.rand(batch, time, generator=generator) < 0.8, -100)
+    clear, fast = cross_entropy(logits, targets), torch_cross_entropy(logits, targets)
+    assert clear.dtype == fast.dtype
+    torch.testing.assert_close(clear, fast, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if (targets == -100).all(): return
+    rough = dict(rtol=1e-2, atol=1e-3) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (clear, fast)), **rough)
 
 
 def test_training_loop_is_torchs_on_torchs_optimizer(config):
