@@ -175,14 +175,26 @@ def matmul_rate() -> float:
     "FLOP/s of a large bf16 (on a CPU: float32) matrix product on random data."
     n, dtype = (8_192, torch.bfloat16) if CUDA else (1_024, torch.float32)
     a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
+    return 2 * n**3 / seconds_of(lambda: a @ b)
+
+
+def copy_rate() -> float:
+    "Bytes a second that a large copy within the device's memory reads and writes."
+    source = torch.ones(2**28 if CUDA else 2**24, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+
+
+def seconds_of(work, times: int = 12) -> float:
+    "Median seconds of `work()` until the device has done it; the first two times do not count."
+    found = []
+    for _ in range(times):
         synchronize()
         began = time.perf_counter()
-        a @ b
+        work()
         synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * n**3 / statistics.median(times[2:])
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[2:])
 
 
 def compare(batch_size: int, tokens: Path | None, steps: int, repeats: int) -> list[dict]:
@@ -358,8 +370,8 @@ def main() -> None:
     sizes = [int(b) for b in args.batch.split(",")]
     if args.first_step: return print(json.dumps(first_step(sizes[0], args.tokens)))
     record = {"device": device_name(DEVICE), "torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
-              "tokens": args.tokens.name if args.tokens else "random", "model": asdict(MODEL), "flops_per_token": flops_per_token(MODEL), "matmul_flops": matmul_rate()}
-    print(f"{record['device']}, torch {record['torch']}, matrix products {record['matmul_flops'] / 1e12:.1f} TFLOP/s", flush=True)
+              "tokens": args.tokens.name if args.tokens else "random", "model": asdict(MODEL), "flops_per_token": flops_per_token(MODEL), "matmul_flops": matmul_rate(), "copy_bytes_per_second": copy_rate()}
+    print(f"{record['device']}, torch {record['torch']}, matrix products {record['matmul_flops'] / 1e12:.1f} TFLOP/s, memory {record['copy_bytes_per_second'] / 1e12:.3f} TB/s", flush=True)
     def keep(**found) -> None:
         "Numbers are on the disk as soon as they are known: the later parts may run out of time."
         record.update(found)
