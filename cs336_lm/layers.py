@@ -106,6 +106,8 @@ class SwiGLU(nn.Module):
     """`W2(SiLU(W1 x) * W3 x)`: (..., d_model) -> the same shape. Problem *positionwise_feedforward*; Shazeer, 2020.
 
     `d_ff` defaults to `swiglu_d_ff(d_model)`."""
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)  # or `silu`, the same values
+
     def __init__(self, d_model: int, d_ff: int | None = None, device=None, dtype=None):
         super().__init__()
         d_ff = swiglu_d_ff(d_model) if d_ff is None else d_ff
@@ -113,18 +115,20 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(d_ff, d_model, device=device, dtype=dtype)
         self.w3 = Linear(d_model, d_ff, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor: return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor) -> Tensor: return self.w2(self.activation(self.w1(x)) * self.w3(x))
 
 # %% ../nbs/07_layers.ipynb #64694e67
 class SiLUFeedForward(nn.Module):
     "`W2 SiLU(W1 x)`, the layer without a gate of problem *swiglu_ablation*; `d_ff` defaults to 4 d_model."
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)  # or `silu`, the same values
+
     def __init__(self, d_model: int, d_ff: int | None = None, device=None, dtype=None):
         super().__init__()
         d_ff = 4 * d_model if d_ff is None else d_ff
         self.w1 = Linear(d_model, d_ff, device=device, dtype=dtype)
         self.w2 = Linear(d_ff, d_model, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor: return self.w2(F.silu(self.w1(x)))
+    def forward(self, x: Tensor) -> Tensor: return self.w2(self.activation(self.w1(x)))
 
 # %% ../nbs/07_layers.ipynb #2e765933
 def softmax(x: Tensor, dim: int) -> Tensor:
@@ -191,6 +195,8 @@ class RotaryPositionalEmbedding(RotaryTables):
 
     (..., time, d_k) -> the same shape. Su et al., 2021; problem *rope*. ValueError for an odd `d_k` or a position
     outside 0 to max_seq_len - 1."""
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(rotate)  # or `rotate_pairs`, the same values
+
     def __init__(self, theta: float, d_k: int, max_seq_len: int, device=None):
         if d_k < 2 or d_k % 2: raise ValueError(f"RoPE turns pairs: d_k must be even and at least 2, got {d_k}")
         super().__init__(theta, d_k, max_seq_len, device)
@@ -198,10 +204,10 @@ class RotaryPositionalEmbedding(RotaryTables):
     def forward(self, x: Tensor, token_positions: Tensor | None = None) -> Tensor:
         "`token_positions`: integers that broadcast to (..., time); by default 0, 1, 2, ..."
         if token_positions is not None:
-            return rotate(x, *(take_rows(table, token_positions, "position") for table in (self.cos, self.sin)))
+            return self.rotate(x, *(take_rows(table, token_positions, "position") for table in (self.cos, self.sin)))
         time = x.shape[-2]
         if time > self.max_seq_len: raise ValueError(f"{time} positions, but the RoPE tables hold {self.max_seq_len}")
-        return rotate(x, self.cos[:time], self.sin[:time])
+        return self.rotate(x, self.cos[:time], self.sin[:time])
 
     def extra_repr(self) -> str: return f"theta={self.theta}, d_k={self.d_k}, max_seq_len={self.max_seq_len}"
 
