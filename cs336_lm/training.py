@@ -42,16 +42,16 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE'
            'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig',
            'config_from_dict', 'load_config', 'pick_device', 'resolve_config', 'float32_products', 'autocast',
            'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
-           'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums',
+           'document_rows', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums',
            'torch_cross_entropy', 'eager_training_loss', 'call_model', 'evaluate', 'weight_norm', 'block_sizes',
-           'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory', 'loss_and_gradients', 'TrainStep',
-           'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
-           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'Diverged',
-           'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle', 'append_log',
-           'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run', 'make_room',
-           'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation',
-           'advance', 'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot',
-           'train_many', 'load_model']
+           'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory', 'loss_and_gradients', 'leave_clipping',
+           'TrainStep', 'GraphedStep', 'initial_model', 'refill', 'compiled_functions', 'compile_blocks', 'TrainParts',
+           'build_run', 'is_sharded', 'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host',
+           'runs_behind', 'arrival', 'send', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state',
+           'restored_watch', 'receive', 'settle', 'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of',
+           'remove_checkpoint', 'save_run', 'make_room', 'finish_saving', 'newest_checkpoint', 'open_run',
+           'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train', 'connected',
+           'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -424,6 +424,16 @@ def _tokens_to(tokens: np.ndarray, device: torch.device, block: int = 1 << 26) -
     return result
 
 # %% ../nbs/11_training.ipynb #728b774b
+def document_rows(ids: Tensor, inside: Tensor, separator: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets from windows (batch, time) that begin with a document each; `inside`: not beyond the file's end.
+
+    A row is the separator, then the document to its own separator, then padding."""
+    ends = (ids == separator).long()
+    kept = inside & (ends.cumsum(1) == ends)  # not after the first separator
+    inputs = nn.functional.pad(ids[:, :-1].where(kept[:, 1:], separator), (1, 0), value=separator)
+    return inputs, ids.where(kept, IGNORE_INDEX)
+
+# %% ../nbs/11_training.ipynb #f61a6887
 class DeviceRows:
     "The rows of a `TokenRows`, the same ones, cut on a device that holds all its tokens."
     def __init__(self, rows: TokenRows, device: torch.device) -> None:
@@ -442,18 +452,10 @@ class DeviceRows:
 
     def cut(self, starts: Tensor) -> tuple[Tensor, Tensor]:
         "Inputs and targets of the rows that begin there: what `TokenRows.batch` gives, on the device."
-        if self.rows.starts is not None: return self._documents(starts)
-        ids, _ = self.windows(starts, self.rows.context_length + 1)
+        length, separator = self.rows.context_length, self.rows.separator_id
+        if self.rows.starts is not None: return document_rows(*self.windows(starts, length), separator)
+        ids, _ = self.windows(starts, length + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def _documents(self, starts: Tensor) -> tuple[Tensor, Tensor]:
-        "A row is the separator, then the document to its own separator, then padding, which is no target."
-        separator = self.rows.separator_id
-        ids, inside = self.windows(starts, self.rows.context_length)
-        ends = (ids == separator).long()
-        kept = inside & (ends.cumsum(1) == ends)  # not after the first separator
-        inputs = nn.functional.pad(ids[:, :-1].where(kept[:, 1:], separator), (1, 0), value=separator)
-        return inputs, ids.where(kept, IGNORE_INDEX)
 
 # %% ../nbs/11_training.ipynb #585e510a
 class Prefetch:
@@ -702,6 +704,12 @@ def loss_and_gradients(model: nn.Module, loss_function: Callable, inputs: Tensor
     return total
 
 # %% ../nbs/11_training.ipynb #973cee71
+def leave_clipping(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    "The gradients' norm; the factor that brings it down to `max_norm` is left to AdamW's next step."
+    norm, optimizer.grad_scale = norm_and_scale([p.grad for p in parameters if p.grad is not None], max_norm)
+    return norm
+
+# %% ../nbs/11_training.ipynb #c3cf0850
 class TrainStep:
     """`step(inputs, targets, lr)`: one optimizer step on a batch. A tensor of three numbers, which stays on the device:
     loss (mean nats a target), gradient norm, number of targets.
@@ -732,16 +740,11 @@ class TrainStep:
         self.optimizer.zero_grad()
         share = target_share(targets) if self.uneven else None
         loss = loss_and_gradients(self.model, self.loss_function, inputs, targets, **self.parts, share=share)
-        norm = self.clip()
+        parameters = list(self.model.parameters())
+        norm = clip_gradients_over_ranks(parameters, self.max_grad_norm) if self.rate is None \
+            else leave_clipping(parameters, self.optimizer, self.max_grad_norm)
         self.optimizer.step()
         return torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()])
-
-    def clip(self) -> Tensor:
-        "Clip the gradients, or leave the scaling to an AdamW that does it on the way; their norm before."
-        if self.rate is None: return clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm, self.optimizer.grad_scale = norm_and_scale(grads, self.max_grad_norm)
-        return norm
 
 # %% ../nbs/11_training.ipynb #87470350
 class GraphedStep:
@@ -790,6 +793,25 @@ def initial_model(config: ModelConfig, seed: int) -> TransformerLM:
     return model
 
 # %% ../nbs/11_training.ipynb #f743b950
+@torch.no_grad()
+def refill(model: nn.Module, fresh: nn.Module) -> None:
+    "Give a model the weights of another of its shape, in the memory that it has."
+    for old, new in zip(model.parameters(), fresh.parameters(), strict=True): old.copy_(new)
+    model.zero_grad()
+
+# %% ../nbs/11_training.ipynb #1da100c8
+def compiled_functions(config: TrainConfig) -> tuple[Callable, Callable, Callable]:
+    "The loss, the evaluation and AdamW's update of a resolved run."
+    plain = eager_training_loss if config.compile == "off" else training_loss
+    functions = fused_training_loss if config.kernels == "on" else plain, evaluation_sums, adamw_update_capturable
+    return tuple(_compiled(function, config.compile) for function in functions)
+
+
+def compile_blocks(model: TransformerLM, backend: str) -> None:
+    if backend == "off": return
+    for block in model.layers: block.compile(backend=backend, dynamic=False)
+
+# %% ../nbs/11_training.ipynb #037b257a
 @dataclass
 class TrainParts:
     "The model's memory, its compiled functions and tokens on the device, taken from one run to the next by `train`."
@@ -805,27 +827,14 @@ class TrainParts:
         needs = (config.model, config.device, config.compile, config.precision, config.batch_size, config.micro_batch,
                  config.eval_batch_size, config.rows, config.kernels)
         fresh = initial_model(config.model, config.seed)
-        if self.made_for == needs and world.size == 1: return self._refill(fresh)
+        if self.made_for == needs and world.size == 1: return refill(self.model, fresh)
         if config.compile != "off": torch.compiler.reset()  # it keeps eight variants of a function and then gives up
         self.made_for, self.model = needs, fresh
-        if world.size > 1 and config.strategy == "fsdp": return self._compile_blocks(config.compile)
+        self.loss_function, self.evaluation_function = eager_training_loss, evaluation_sums
+        if is_sharded(config, world): return compile_blocks(self.model, config.compile)
         self.model.to(config.device)
         use_kernels(self.model, config.kernels == "on")
-        plain = eager_training_loss if config.compile == "off" else training_loss
-        self.loss_function = _compiled(fused_training_loss if config.kernels == "on" else plain, config.compile)
-        self.evaluation_function = _compiled(evaluation_sums, config.compile)
-        self.update = _compiled(adamw_update_capturable, config.compile)
-
-    def _compile_blocks(self, backend: str) -> None:
-        "The parts of a model that will be sharded: what gathers a block's weights stands between compiled blocks."
-        self.loss_function, self.evaluation_function = eager_training_loss, evaluation_sums
-        if backend == "off": return
-        for block in self.model.layers: block.compile(backend=backend, dynamic=False)
-
-    @torch.no_grad()
-    def _refill(self, fresh: TransformerLM) -> None:
-        for old, new in zip(self.model.parameters(), fresh.parameters(), strict=True): old.copy_(new)
-        self.model.zero_grad()
+        self.loss_function, self.evaluation_function, self.update = compiled_functions(config)
 
     def rows(self, rows: TokenRows, config: TrainConfig, world: World) -> TokenRows | DeviceRows:
         "The rows with their tokens on the device, if there is room."
