@@ -49,9 +49,9 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE'
            'build_run', 'is_sharded', 'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host',
            'runs_behind', 'arrival', 'send', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state',
            'restored_watch', 'receive', 'settle', 'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of',
-           'remove_checkpoint', 'save_run', 'make_room', 'finish_saving', 'newest_checkpoint', 'open_run',
-           'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train', 'connected',
-           'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
+           'remove_checkpoint', 'save_run', 'make_room', 'prepare_saving', 'finish_saving', 'newest_checkpoint',
+           'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train',
+           'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -1130,6 +1130,12 @@ def make_room(model: nn.Module, tensors: int = 3) -> None:
     del held  # back to PyTorch's allocator, which keeps it pinned
 
 
+def prepare_saving(run: Run) -> None:
+    "Where checkpoints will be written beside the training, have the thread make room for them."
+    saves = run.config.keep_checkpoints and run.world.writes and not is_sharded(run.config, run.world)
+    if saves and runs_behind(run.device): _SAVER.submit(make_room, run.model)
+
+
 def _write(state: dict, path: Path, keep: tuple[int, int | None], wait: Callable[[], None] = lambda: None) -> None:
     "Write a checkpoint; of its folder the newest `keep[0]` stay, and the one of step `keep[1]`."
     wait()
@@ -1354,7 +1360,7 @@ def record_evaluation(run: Run, stop: StopRequest, progress: bool = False) -> No
 def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
     "Train to the last step, or until asked to stop; evaluate, save and log on the way."
     config = run.config
-    if runs_behind(run.device) and config.keep_checkpoints and run.world.writes: _SAVER.submit(make_room, run.model)
+    prepare_saving(run)
     while True:
         if _is_due(run.step, config.eval_every, config.steps): record_evaluation(run, stop, progress=not bar.disable)
         ending = is_asked_to_stop(run, stop) or run.step == config.steps

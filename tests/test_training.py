@@ -260,6 +260,15 @@ def test_a_full_disk_is_noticed_while_a_thread_writes(config, monkeypatch):
     assert records_of(config.runs_dir + "/run")[-1]["reason"] == "OSError: [Errno 28] No space left on device"
 
 
+@pytest.mark.parametrize("behind, keep, rooms", [(True, 2, 1), (True, 0, 0), (False, 2, 0)])
+def test_memory_is_pinned_once_where_a_thread_will_write(config, monkeypatch, behind, keep, rooms):
+    asked = []
+    monkeypatch.setattr(training, "runs_behind", lambda device: behind)
+    monkeypatch.setattr(training, "make_room", lambda model: asked.append(sum(p.numel() for p in model.parameters())))
+    assert run(replace(config, keep_checkpoints=keep)).status == "finished"
+    assert asked == [sum(p.numel() for p in TransformerLM(TINY).parameters())] * rooms
+
+
 def test_prefetched_batches_are_the_same_in_any_order_and_errors_come_through():
     def make(step):
         if step == 40: raise OSError("gone")
