@@ -26,11 +26,11 @@ from cs336_lm.transformer import ModelConfig
 CUDA = torch.cuda.is_available()
 MODEL = ModelConfig() if CUDA else ModelConfig(context_length=32, d_model=32, num_layers=2, num_heads=2, d_ff=64)
 STEPS, EVERY, KILLED_AT = 40, 10, 25
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # nats, of any step's loss
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # nats, of any step's loss; in bf16 three times what one process differs from itself, if that is more
 
 
 def base(tokens: Path, valid: Path, runs: Path) -> TrainConfig:
-    return TrainConfig(name="base", train_tokens=tokens, valid_tokens=valid, model=MODEL, batch_size=64 if CUDA else 8, steps=STEPS, max_lr=3e-3 if CUDA else 3e-2, min_lr=1e-4,
+    return TrainConfig(name="base", train_tokens=tokens, valid_tokens=valid, model=MODEL, batch_size=64 if CUDA else 8, steps=STEPS, max_lr=1e-3 if CUDA else 3e-2, min_lr=1e-4,
                        warmup_steps=5, eval_every=0, checkpoint_every=EVERY, keep_checkpoints=0, log_every=1, compile="off", kernels="off", runs_dir=runs)
 
 
@@ -103,13 +103,14 @@ def ended(said: str, config: TrainConfig, seconds: float) -> dict:
 def losses_and_deaths(basis: TrainConfig, ranks: int) -> dict:
     precisions = ("fp32", "bf16") if CUDA else ("fp32",)
     one = {p: replace(basis, name=f"one-{p}", precision=p) for p in precisions}
+    in_parts = {p: replace(c, name=f"parts-{p}", micro_batch=c.batch_size // ranks) for p, c in one.items()}
     many = {(s, p): replace(basis, name=f"{s}-{p}", precision=p, strategy=s) for p in precisions for s in ("ddp", "fsdp")}
     last = precisions[-1]
     killed = {s: replace(many[s, last], name=f"killed-{s}", keep_checkpoints=2) for s in ("ddp", "fsdp")}
     job = lambda config, **more: {"config": asdict(config), **more}
-    found = {"ranks": ranks, "batch_size": basis.batch_size, "steps": STEPS, "curves": {}, "apart": {}, "killed": {}}
+    found = {"ranks": ranks, "batch_size": basis.batch_size, "steps": STEPS, "curves": {}, "apart": {}, "in_parts": {}, "killed": {}}
 
-    alone = start([job(c) for c in one.values()], 1)
+    alone = start([job(c) for c in (*one.values(), *in_parts.values())], 1)
     began = time.time()
     said = finish(start([*(job(c) for c in many.values()), job(killed["ddp"], kill_at=KILLED_AT)], ranks), expect_failure=True)
     finish(alone)
@@ -124,6 +125,8 @@ def losses_and_deaths(basis: TrainConfig, ranks: int) -> dict:
     for p in precisions:
         found["curves"][p] = {"one": curve(one[p])} | {s: curve(many[s, p]) for s in ("ddp", "fsdp")}
         found["apart"][p] = {s: furthest(found["curves"][p]["one"], found["curves"][p][s]) for s in ("ddp", "fsdp")}
+        found["in_parts"][p] = furthest(found["curves"][p]["one"], curve(in_parts[p]))
+        print(f"{p} one process from itself, the batch in parts: {found['in_parts'][p]:.1e}", flush=True)
         for s, apart in found["apart"][p].items(): print(f"{p} {s:5} loss {curve(one[p])[0]:.3f} -> {curve(one[p])[-2]:.3f}, furthest from one process {apart:.1e}", flush=True)
     for s, config in killed.items():
         death = found["killed"][s]
@@ -132,8 +135,10 @@ def losses_and_deaths(basis: TrainConfig, ranks: int) -> dict:
               f"resumed on {death['resumed_on']}, furthest from the undisturbed run {death['apart']:.1e}", flush=True)
         assert death["rank"] == 1 and death["exitcode"] == -signal.SIGKILL, f"torchrun blames {death}"
         assert len(death["checkpoints"]) == 2 and str(KILLED_AT // EVERY * EVERY) in death["checkpoints"][0], death
-        assert death["apart"] < TOLERANCE[last], f"{s}, resumed: {death['apart']} is more than {TOLERANCE[last]}"
-    for p, apart in found["apart"].items(): assert max(apart.values()) < TOLERANCE[p], f"{p}: {apart} is more than {TOLERANCE[p]}"
+    for p, apart in found["apart"].items():
+        limit = TOLERANCE[p] if p == "fp32" else max(TOLERANCE[p], 3 * found["in_parts"][p])
+        assert max(apart.values()) < limit, f"{p}: {apart} is more than {limit}"
+    for s, death in found["killed"].items(): assert death["apart"] < limit, f"{s}, resumed: {death['apart']} is more than {limit}"
     return found
 
 

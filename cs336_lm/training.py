@@ -5,7 +5,7 @@
 # %% ../nbs/11_training.ipynb #5d6d4c85
 from __future__ import annotations
 
-import hashlib, io, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
+import gc, hashlib, io, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -1359,7 +1359,7 @@ def record_evaluation(run: Run, stop: StopRequest, progress: bool = False) -> No
 # %% ../nbs/11_training.ipynb #ddb8d1a5
 def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
     "Train to the last step, or until asked to stop; evaluate, save and log on the way."
-    config = run.config
+    config, first = run.config, run.step + 1
     prepare_saving(run)
     while True:
         if _is_due(run.step, config.eval_every, config.steps): record_evaluation(run, stop, progress=not bar.disable)
@@ -1371,10 +1371,11 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
         if ending: return
         next_step(run)
         bar.update()
-        if run.coming: log_step(run)  # of an earlier step; the device has this one to work on meanwhile
+        if run.step == first: gc.freeze()
         if run.step == 1 or _is_due(run.step, config.log_every, config.steps):
+            if run.coming: log_step(run)  # the line before; the device has the steps since then to work on meanwhile
             send(run)
-            if not runs_behind(run.device): log_step(run)
+            if run.step == 1 or not runs_behind(run.device): log_step(run)
             finish_saving(run, wait=False)
 
 # %% ../nbs/11_training.ipynb #c9e806d2
@@ -1442,7 +1443,9 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, p
             if run.config.tensorboard and world.writes:
                 run.listeners.append(TensorBoardWriter(run.folder / "tensorboard", run.step))
             try: return _train_to_an_end(run, stop, bar)
-            finally: run.close()
+            finally:
+                gc.unfreeze()
+                run.close()
 
 # %% ../nbs/11_training.ipynb #1db9580f
 def connected(device: str):

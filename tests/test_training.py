@@ -236,7 +236,7 @@ def test_parts_are_reused_for_equal_sizes_and_a_resumed_run_takes_them(config, m
 
 @pytest.mark.parametrize("how", ["finished", "interrupted", "diverged"])
 def test_a_device_that_runs_behind_changes_nothing(config, monkeypatch, how):
-    "Log lines a step later and checkpoints written by a thread: the same lines, the same files, in the same order."
+    "Log lines later and checkpoints written by a thread: the same lines, the same files, in the same order."
     def act(run):
         if how == "interrupted": signal.raise_signal(signal.SIGINT)
         if how == "diverged": next(run.model.parameters()).data.fill_(math.nan)
@@ -258,6 +258,30 @@ def test_a_full_disk_is_noticed_while_a_thread_writes(config, monkeypatch):
     monkeypatch.setattr(training, "runs_behind", lambda device: True)
     with pytest.raises(OSError, match="No space"): run(config)
     assert records_of(config.runs_dir + "/run")[-1]["reason"] == "OSError: [Errno 28] No space left on device"
+
+
+def test_a_device_that_runs_behind_has_the_steps_since_the_last_line_to_do(config, monkeypatch):
+    "Values are waited for at the next line only, but for the first step's; at the end for all."
+    waits = []
+    def arrival(device):
+        asked = running[0].step
+        return lambda: waits.append((asked, running[0].step))
+    running, plain_step = [None], training.next_step
+    def step(run):
+        running[0] = run
+        plain_step(run)
+    monkeypatch.setattr(training, "next_step", step)
+    monkeypatch.setattr(training, "runs_behind", lambda device: True)
+    monkeypatch.setattr(training, "arrival", arrival)
+    run(replace(config, eval_every=0, checkpoint_every=0, keep_checkpoints=0))
+    assert waits == [(1, 1), *((s, s + 3) for s in range(3, 18, 3)), (18, 20), (20, 20)]
+
+
+def test_the_collector_goes_through_everything_again_when_a_run_is_over(config, monkeypatch):
+    import gc
+    frozen = []
+    with at_step(5, lambda run: frozen.append(gc.get_freeze_count()), monkeypatch): run(config)
+    assert frozen[0] > 0 and gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("behind, keep, rooms", [(True, 2, 1), (True, 0, 0), (False, 2, 0)])
