@@ -1,5 +1,5 @@
 "Training: the loop against its clear form, exact resume, evaluation against the definition, refusals, the log."
-import io, json, math, os, signal, sys, threading, time, types, warnings
+import io, json, math, os, signal, subprocess, sys, threading, time, types, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
@@ -947,3 +947,13 @@ def test_a_compiled_model_saves_under_plain_names(tmp_path):
     other = torch.nn.Linear(2, 2)
     assert load_checkpoint(tmp_path / "x.pt", torch.compile(other, backend="eager")) == 1
     assert same_bits(model.state_dict(), other.state_dict())
+
+
+def test_the_benchmark_times_whole_runs_beside_their_steps(data, tmp_path):
+    "Tiny, for its mechanics alone: no number in it is judged."
+    root, record = Path(__file__).parents[1], tmp_path / "record.json"
+    command = [sys.executable, str(root / "benchmarks/training.py"), "--skip-peers", "--loop", "10", "--batch", "1", "--tokens", str(data / "train.npy"), "--record", str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found, = json.loads(record.read_text())["loop"]
+    assert len(found["loop_rates"]) == 3 and min(found["loop_rates"] + found["step_rates"]) > 0
