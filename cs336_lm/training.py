@@ -38,20 +38,21 @@ from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
-__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE', 'FEW_STEPS', 'LOG_SCHEMA', 'FREE_ON_RESUME',
-           'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig',
-           'config_from_dict', 'load_config', 'pick_device', 'resolve_config', 'float32_products', 'autocast',
-           'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
-           'document_rows', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums',
-           'torch_cross_entropy', 'eager_training_loss', 'call_model', 'evaluate', 'weight_norm', 'block_sizes',
-           'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory', 'loss_and_gradients', 'leave_clipping',
-           'TrainStep', 'GraphedStep', 'initial_model', 'refill', 'compiled_functions', 'compile_blocks', 'TrainParts',
-           'build_run', 'is_sharded', 'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host',
-           'runs_behind', 'arrival', 'send', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state',
-           'restored_watch', 'receive', 'settle', 'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of',
-           'remove_checkpoint', 'save_run', 'make_room', 'prepare_saving', 'finish_saving', 'newest_checkpoint',
-           'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train',
-           'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
+__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'QUEUED_SECONDS', 'DIVERGED_NATS', 'DIVERGED_SHARE', 'FEW_STEPS', 'LOG_SCHEMA',
+           'FREE_ON_RESUME', 'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint',
+           'load_checkpoint', 'TrainConfig', 'config_from_dict', 'load_config', 'pick_device', 'resolve_config',
+           'float32_products', 'autocast', 'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows',
+           'sample_tokens', 'to_device', 'document_rows', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device',
+           'training_loss', 'evaluation_sums', 'torch_cross_entropy', 'eager_training_loss', 'call_model', 'evaluate',
+           'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
+           'loss_and_gradients', 'leave_clipping', 'TrainStep', 'GraphedStep', 'initial_model', 'refill',
+           'compiled_functions', 'compile_blocks', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
+           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'has_work',
+           'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
+           'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run',
+           'make_room', 'prepare_saving', 'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest',
+           'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train', 'connected', 'summary_writer',
+           'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -623,6 +624,7 @@ class Run:
     pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm, targets) of steps, on the device
     coming: list[tuple] = field(default_factory=list)  # such values on their way to the CPU, for the next log line
     settled: int = 0  # steps whose values have arrived
+    step_seconds: float = 0.0  # of a step before the last log line
     grad_norm: float = 0.0
     saved_step: int | None = None  # of the newest checkpoint
     good_step: int | None = None  # of the newest one that was saved while the loss looked good
@@ -919,6 +921,14 @@ def send(run: Run) -> None:
     run.coming.append((run.step, to_host(mean_over_ranks(torch.stack(run.pending))), arrival(run.device)))
     run.pending.clear()
 
+
+QUEUED_SECONDS = 0.1
+
+
+def has_work(run: Run) -> bool:
+    "Whether the device has enough to do beyond the values that are coming, so that Python may wait for them."
+    return (run.step - run.coming[-1][0]) * run.step_seconds >= QUEUED_SECONDS
+
 # %% ../nbs/11_training.ipynb #8d2281e7
 DIVERGED_NATS, DIVERGED_SHARE, FEW_STEPS = 1.0, 0.1, 10
 
@@ -1040,7 +1050,9 @@ def append_log(run: Run, record: dict) -> None:
 def log_step(run: Run) -> dict:
     "Receive what was sent for, then write and return the log line of the steps since the last one."
     receive(run)
+    tokens = run.tokens - run.clock.tokens
     rate = run.clock.rate(run.tokens)
+    run.step_seconds = tokens / max(rate, 1e-9) / len(run.losses)
     peak = peak_flops(device_name(run.device), run.config.precision)
     record = {"kind": "step", "step": run.settled, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
               "loss": sum(run.losses) / len(run.losses), "lr": learning_rate(run.config, run.settled),
@@ -1372,8 +1384,9 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
         next_step(run)
         bar.update()
         if run.step == first: gc.freeze()
+        if run.coming and has_work(run): log_step(run)  # of an earlier step
         if run.step == 1 or _is_due(run.step, config.log_every, config.steps):
-            if run.coming: log_step(run)  # the line before; the device has the steps since then to work on meanwhile
+            if run.coming: log_step(run)  # the line before
             send(run)
             if run.step == 1 or not runs_behind(run.device): log_step(run)
             finish_saving(run, wait=False)

@@ -260,9 +260,11 @@ def test_a_full_disk_is_noticed_while_a_thread_writes(config, monkeypatch):
     assert records_of(config.runs_dir + "/run")[-1]["reason"] == "OSError: [Errno 28] No space left on device"
 
 
-def test_a_device_that_runs_behind_has_the_steps_since_the_last_line_to_do(config, monkeypatch):
-    "Values are waited for at the next line only, but for the first step's; at the end for all."
+@pytest.mark.parametrize("queued, later", [(math.inf, 3), (0.0, 1)])
+def test_a_device_that_runs_behind_has_steps_to_do_while_python_waits(config, monkeypatch, queued, later):
+    "Values are waited for when enough steps have followed, at the next line at the latest; but for the first step's, and at the end for all."
     waits = []
+    monkeypatch.setattr(training, "QUEUED_SECONDS", queued)
     def arrival(device):
         asked = running[0].step
         return lambda: waits.append((asked, running[0].step))
@@ -274,7 +276,7 @@ def test_a_device_that_runs_behind_has_the_steps_since_the_last_line_to_do(confi
     monkeypatch.setattr(training, "runs_behind", lambda device: True)
     monkeypatch.setattr(training, "arrival", arrival)
     run(replace(config, eval_every=0, checkpoint_every=0, keep_checkpoints=0))
-    assert waits == [(1, 1), *((s, s + 3) for s in range(3, 18, 3)), (18, 20), (20, 20)]
+    assert waits == [(1, 1), *((s, s + later) for s in range(3, 18, 3)), (18, min(18 + later, 20)), (20, 20)]
 
 
 def test_the_collector_goes_through_everything_again_when_a_run_is_over(config, monkeypatch):
