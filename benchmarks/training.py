@@ -13,7 +13,7 @@ autocast, PyTorch's fused AdamW and clipping. Llama gets our initial weights, so
 import sys, time
 STARTED = time.time()
 sys.path.pop(0)  # this folder, whose tokenizers.py would stand in for the package that transformers imports
-import argparse, gc, json, re, statistics, tempfile
+import argparse, gc, importlib, json, re, statistics, tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from cs336_lm.optimization import AdamW, adamw_update_capturable
 from cs336_lm.training import (TrainConfig, TrainParts, TrainStep, build_run, device_name, finish_saving, float32_products, loop_rate, resolve_config,
                                save_run, train, training_loss)
 from cs336_lm.transformer import ModelConfig, TransformerLM
+IMPORTED = time.time()
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -174,14 +175,26 @@ def matmul_rate() -> float:
     "FLOP/s of a large bf16 (on a CPU: float32) matrix product on random data."
     n, dtype = (8_192, torch.bfloat16) if CUDA else (1_024, torch.float32)
     a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
+    return 2 * n**3 / seconds_of(lambda: a @ b)
+
+
+def copy_rate() -> float:
+    "Bytes a second that a large copy within the device's memory reads and writes."
+    source = torch.ones(2**28 if CUDA else 2**24, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+
+
+def seconds_of(work, times: int = 12) -> float:
+    "Median seconds of `work()` until the device has done it; the first two times do not count."
+    found = []
+    for _ in range(times):
         synchronize()
         began = time.perf_counter()
-        a @ b
+        work()
         synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * n**3 / statistics.median(times[2:])
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[2:])
 
 
 def compare(batch_size: int, tokens: Path | None, steps: int, repeats: int) -> list[dict]:
@@ -230,34 +243,51 @@ def ladder(batch_size: int, tokens: Path | None, steps: int) -> Iterator[list[di
         torch.cuda.empty_cache()
 
 
-def loop(batch_size: int, tokens: Path, steps: int, repeats: int = 5) -> dict:
-    """Tokens a second of a whole run of `train` and of its step alone on one batch; evaluations are left out of both.
+def loop(batch_size: int, tokens: Path, steps: int, rounds: int = 3, parts_too: bool = False) -> dict:
+    """Tokens a second of whole runs of `train` and of their step alone on one batch, in turn; evaluations are left out of both.
 
-    Checkpoints come as often as a run's default says, two of them before the log's last line; how long the loop stands still for one is measured by itself.
+    A run's rate is that from its log's second line to the last, one checkpoint between them: as often as a run's default says where `steps` is above that by a log line.
+    How long the loop stands still for a checkpoint is measured by itself. `parts_too`: also runs without checkpoints, and with only a few log lines.
     """
     log_every = min(TrainConfig.log_every, max(1, steps // 5))
-    every = min(TrainConfig.checkpoint_every, (steps - log_every) // 2)
+    every, stretch = min(TrainConfig.checkpoint_every, steps - log_every), max(2, min(50, steps // 20))
     config = TrainConfig(name="loop", train_tokens=str(tokens), valid_tokens=str(tokens), model=MODEL, batch_size=batch_size, steps=steps, max_lr=RATE, warmup_steps=steps // 10,
                          min_lr=RATE / 10, log_every=log_every, eval_every=0, checkpoint_every=every, keep_checkpoints=2, **OPTIMIZER)
-    parts, records = TrainParts(), []
+    kinds = {"loop": {}} | ({"no checkpoints": dict(keep_checkpoints=0), "few lines": dict(log_every=steps // 2)} if parts_too else {})
+    parts, rates, bare_rates, evaluating = TrainParts(), {kind: [] for kind in kinds}, [], []
+    run = build_run(resolve_config(config), parts)
+    data = run.batch(1)
+    bare = lambda *_: run.train_step(*data, RATE)
+    timed(bare, lambda _: (), 0, 8)
+    for _ in range(rounds):
+        for kind, change in kinds.items():  # the bare step is timed beside each run, for a GPU's clock falls as it gets warm
+            bare_rates += [batch_size * MODEL.context_length / timed(bare, lambda _: (), 0, stretch) for _ in range(4)]
+            rate, seconds = whole_run(replace(config, **change), parts)
+            rates[kind].append(rate)
+            evaluating += seconds
+        bare_rates += [batch_size * MODEL.context_length / timed(bare, lambda _: (), 0, stretch) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, runs_dir=folder)
-        result = train(config, progress=False, parts=parts, on_record=records.append)
-        if result.status != "finished": raise RuntimeError(f"the loop's run ended as {result.status}: {result.reason}")
-        run = build_run(resolve_config(config), parts)
-        data = run.batch(1)
-        bare = lambda *_: run.train_step(*data, RATE)
-        timed(bare, lambda _: (), 0, 8)
-        seconds = statistics.median(timed(bare, lambda _: (), 0, max(2, min(50, steps // 20))) for _ in range(repeats))
+        run.folder = Path(folder)
+        (run.folder / "checkpoints").mkdir()
         saves = [saving_seconds(run) for _ in range(3)]
-    rate = loop_rate([r for r in records if r.get("step", 0) > 1])  # the line of step 1 comes before the step's recording as a CUDA graph
-    found = {"batch": batch_size, "steps": steps, "checkpoint_every": every, "checkpoints": steps // every, "loop_tokens_per_second": rate,
-             "step_tokens_per_second": batch_size * MODEL.context_length / seconds, "eval_seconds": [r["eval_seconds"] for r in records if r["kind"] == "eval"],
-             "evaluated_tokens": len(np.load(tokens, mmap_mode="r")), "checkpoint_seconds": [held for held, _ in saves], "written_seconds": [written for _, written in saves]}
+    found = {"batch": batch_size, "steps": steps, "checkpoint_every": every, "log_every": log_every, "loop_rates": rates["loop"], "step_rates": bare_rates,
+             "loop_tokens_per_second": statistics.median(rates["loop"]), "step_tokens_per_second": statistics.median(bare_rates),
+             "eval_seconds": evaluating, "evaluated_tokens": len(np.load(tokens, mmap_mode="r")), "checkpoint_seconds": [held for held, _ in saves], "written_seconds": [w for _, w in saves]}
     found["share"] = found["loop_tokens_per_second"] / found["step_tokens_per_second"]
+    if parts_too: found["parts"] = {kind: statistics.median(rates[kind]) / found["step_tokens_per_second"] for kind in kinds}
     print(f"whole loop, batch {batch_size}: {found['loop_tokens_per_second'] / 1e6:.4f} Mtok/s, {found['share']:.1%} of the step alone, a checkpoint every {every} steps; "
           f"it holds the loop for {', '.join(f'{1e3 * held:.0f}' for held, _ in saves)} ms and is on the disk after {', '.join(f'{1e3 * written:.0f}' for _, written in saves)} ms", flush=True)
+    for kind, share in found.get("parts", {}).items(): print(f"  {kind}: {share:.1%}", flush=True)
     return found
+
+
+def whole_run(config: TrainConfig, parts: TrainParts) -> tuple[float, list[float]]:
+    "Tokens a second of a run by its log, and the seconds of its evaluations."
+    records = []
+    with tempfile.TemporaryDirectory() as folder: result = train(replace(config, runs_dir=folder), progress=False, parts=parts, on_record=records.append)
+    if result.status != "finished": raise RuntimeError(f"the loop's run ended as {result.status}: {result.reason}")
+    rate = loop_rate([r for r in records if r.get("step", 0) > 1])  # the line of step 1 comes before the step's recording as a CUDA graph
+    return rate, [r["eval_seconds"] for r in records if r["kind"] == "eval"]
 
 
 def saving_seconds(run) -> tuple[float, float]:
@@ -293,6 +323,33 @@ def profile(batch_size: int, tokens: Path | None) -> dict[str, float]:
     return times
 
 
+def first_step(batch_size: int, tokens: Path | None) -> dict:
+    "Seconds from the start of the process to the first finished step, and where they went."
+    marks = [("imports", IMPORTED)]
+    def done(what: str) -> None: marks.append((what, time.time()))
+    torch.ones(1, device=DEVICE).item()
+    done("the device wakes up")
+    for name in ("torch._dynamo", "torch._inductor.compile_fx"): importlib.import_module(name)  # what torch.compile loads when it is first called
+    done("the compiler's imports")
+    step = Ours(batch_size)
+    done("weights, optimizer")
+    data = Batches(tokens, batch_size)(0)
+    done("tokens")
+    if DEVICE.type == "cuda": torch.zeros(8, 8, device=DEVICE, dtype=torch.bfloat16) @ torch.zeros(8, 8, device=DEVICE, dtype=torch.bfloat16)
+    synchronize()
+    done("matrix products wake up")
+    inner = step.train_step.optimizer.step
+    def update(*args):
+        synchronize()
+        done("forward, backward and their compilation")
+        inner(*args)
+    step.train_step.optimizer.step = update
+    step(*data).item()
+    done("update and its compilation")
+    times = [STARTED, *(at for _, at in marks)]
+    return {"first_step_seconds": round(times[-1] - STARTED, 2), "parts": {what: round(b - a, 2) for (what, _), a, b in zip(marks, times, times[1:])}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, help="token file; default: random tokens")
@@ -301,7 +358,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--ladder", action="store_true", help="also what each change bought (CUDA)")
     parser.add_argument("--profile", action="store_true", help="also where a step's time goes (CUDA)")
-    parser.add_argument("--loop", type=int, nargs="?", const=2_010 if CUDA else 40, default=0, metavar="STEPS", help="also the whole loop as a share of the step (needs --tokens)")
+    parser.add_argument("--loop", type=int, nargs="?", const=1_010 if CUDA else 40, default=0, metavar="STEPS", help="also the whole loop as a share of the step (needs --tokens)")
+    parser.add_argument("--loop-parts", action="store_true", help="with --loop: also runs without checkpoints, and with few log lines")
+    parser.add_argument("--skip-peers", action="store_true", help="do not compare steps")
     parser.add_argument("--record", type=Path, help="JSON file for the numbers")
     parser.add_argument("--first-step", action="store_true", help="only the seconds to the first finished step")
     args = parser.parse_args()
@@ -309,25 +368,22 @@ def main() -> None:
     if args.loop and not args.tokens: parser.error("--loop needs --tokens")
     if args.record and not args.record.parent.is_dir(): parser.error(f"no folder {args.record.parent} for the record")
     sizes = [int(b) for b in args.batch.split(",")]
-    if args.first_step:
-        step, batches = Ours(sizes[0]), Batches(args.tokens, sizes[0])
-        step(*batches(0)).item()
-        return print(json.dumps({"first_step_seconds": round(time.time() - STARTED, 2)}))
+    if args.first_step: return print(json.dumps(first_step(sizes[0], args.tokens)))
     record = {"device": device_name(DEVICE), "torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
-              "tokens": args.tokens.name if args.tokens else "random", "model": asdict(MODEL), "flops_per_token": flops_per_token(MODEL), "matmul_flops": matmul_rate()}
-    print(f"{record['device']}, torch {record['torch']}, matrix products {record['matmul_flops'] / 1e12:.1f} TFLOP/s", flush=True)
+              "tokens": args.tokens.name if args.tokens else "random", "model": asdict(MODEL), "flops_per_token": flops_per_token(MODEL), "matmul_flops": matmul_rate(), "copy_bytes_per_second": copy_rate()}
+    print(f"{record['device']}, torch {record['torch']}, matrix products {record['matmul_flops'] / 1e12:.1f} TFLOP/s, memory {record['copy_bytes_per_second'] / 1e12:.3f} TB/s", flush=True)
     def keep(**found) -> None:
         "Numbers are on the disk as soon as they are known: the later parts may run out of time."
         record.update(found)
         if args.record: args.record.write_text(json.dumps(record, indent=1) + "\n")
 
-    for size in sizes:
+    for size in sizes if not args.skip_peers else []:
         rows = compare(size, args.tokens, args.steps, args.repeats)
         for row in rows: row["share_of_matmul_rate"] = row["tokens_per_second"] * record["flops_per_token"] / record["matmul_flops"]
         keep(rows=record.get("rows", []) + rows)
-    if CUDA: keep(kernel_errors=kernel_errors())
+    if CUDA and not args.skip_peers: keep(kernel_errors=kernel_errors())
     if args.profile and CUDA: keep(profile={str(size): profile(size, args.tokens) for size in sizes})
-    if args.loop: keep(loop=[loop(size, args.tokens, args.loop) for size in sizes])
+    if args.loop: keep(loop=[loop(size, args.tokens, args.loop, parts_too=args.loop_parts) for size in sizes])
     if args.ladder and CUDA:
         for rows in ladder(sizes[0], args.tokens, args.steps): keep(ladder=rows)
     if args.record: print(f"written: {args.record}")

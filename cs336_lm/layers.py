@@ -7,14 +7,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 import torch
-import torch.nn.functional as F  # only for the fused attention kernel
+import torch.nn.functional as F  # only for SiLU as one operation and for the fused attention kernel
 from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['truncated_normal_', 'Linear', 'take_rows', 'Embedding', 'RMSNorm', 'silu', 'swiglu_d_ff', 'matched_silu_d_ff',
-           'SwiGLU', 'SiLUFeedForward', 'softmax', 'rope_angles', 'rotate_pairs', 'RotaryTables',
-           'RotaryPositionalEmbedding', 'scaled_dot_product_attention', 'split_heads', 'join_heads', 'causal_mask',
-           'causal_attention', 'KeyValueCache', 'positions_for_heads', 'check_heads', 'CausalMultiHeadSelfAttention']
+           'SwiGLU', 'SiLUFeedForward', 'softmax', 'rope_angles', 'rotate_pairs', 'rotate_complex',
+           'is_complex_in_memory', 'rotate', 'RotaryTables', 'RotaryPositionalEmbedding',
+           'scaled_dot_product_attention', 'split_heads', 'join_heads', 'causal_mask', 'causal_attention',
+           'KeyValueCache', 'positions_for_heads', 'check_heads', 'CausalMultiHeadSelfAttention']
 
 # %% ../nbs/07_layers.ipynb #7237d411
 def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
@@ -105,6 +106,8 @@ class SwiGLU(nn.Module):
     """`W2(SiLU(W1 x) * W3 x)`: (..., d_model) -> the same shape. Problem *positionwise_feedforward*; Shazeer, 2020.
 
     `d_ff` defaults to `swiglu_d_ff(d_model)`."""
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)  # or `silu`, the same values
+
     def __init__(self, d_model: int, d_ff: int | None = None, device=None, dtype=None):
         super().__init__()
         d_ff = swiglu_d_ff(d_model) if d_ff is None else d_ff
@@ -112,18 +115,20 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(d_ff, d_model, device=device, dtype=dtype)
         self.w3 = Linear(d_model, d_ff, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor: return self.w2(silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor) -> Tensor: return self.w2(self.activation(self.w1(x)) * self.w3(x))
 
 # %% ../nbs/07_layers.ipynb #64694e67
 class SiLUFeedForward(nn.Module):
     "`W2 SiLU(W1 x)`, the layer without a gate of problem *swiglu_ablation*; `d_ff` defaults to 4 d_model."
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)  # or `silu`, the same values
+
     def __init__(self, d_model: int, d_ff: int | None = None, device=None, dtype=None):
         super().__init__()
         d_ff = 4 * d_model if d_ff is None else d_ff
         self.w1 = Linear(d_model, d_ff, device=device, dtype=dtype)
         self.w2 = Linear(d_ff, d_model, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor: return self.w2(silu(self.w1(x)))
+    def forward(self, x: Tensor) -> Tensor: return self.w2(self.activation(self.w1(x)))
 
 # %% ../nbs/07_layers.ipynb #2e765933
 def softmax(x: Tensor, dim: int) -> Tensor:
@@ -144,6 +149,23 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+# %% ../nbs/07_layers.ipynb #cbbaa783
+def rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    "`rotate_pairs` as one product of complex numbers; for what `is_complex_in_memory` allows."
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+
+
+def is_complex_in_memory(x: Tensor, cos: Tensor) -> bool:
+    "Whether pairs of `x` on a CPU can be read as complex numbers of the tables' precision, and nobody is compiling."
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != cos.dtype: return False
+    return x.stride(-1) == 1 and not any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1]))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    "`rotate_pairs`, by the faster of the two ways."
+    return (rotate_complex if is_complex_in_memory(x, cos) else rotate_pairs)(x, cos, sin)
 
 # %% ../nbs/07_layers.ipynb #48a54789
 class RotaryTables(nn.Module):
@@ -173,6 +195,8 @@ class RotaryPositionalEmbedding(RotaryTables):
 
     (..., time, d_k) -> the same shape. Su et al., 2021; problem *rope*. ValueError for an odd `d_k` or a position
     outside 0 to max_seq_len - 1."""
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(rotate)  # or `rotate_pairs`, the same values
+
     def __init__(self, theta: float, d_k: int, max_seq_len: int, device=None):
         if d_k < 2 or d_k % 2: raise ValueError(f"RoPE turns pairs: d_k must be even and at least 2, got {d_k}")
         super().__init__(theta, d_k, max_seq_len, device)
@@ -180,10 +204,10 @@ class RotaryPositionalEmbedding(RotaryTables):
     def forward(self, x: Tensor, token_positions: Tensor | None = None) -> Tensor:
         "`token_positions`: integers that broadcast to (..., time); by default 0, 1, 2, ..."
         if token_positions is not None:
-            return rotate_pairs(x, *(take_rows(table, token_positions, "position") for table in (self.cos, self.sin)))
+            return self.rotate(x, *(take_rows(table, token_positions, "position") for table in (self.cos, self.sin)))
         time = x.shape[-2]
         if time > self.max_seq_len: raise ValueError(f"{time} positions, but the RoPE tables hold {self.max_seq_len}")
-        return rotate_pairs(x, self.cos[:time], self.sin[:time])
+        return self.rotate(x, self.cos[:time], self.sin[:time])
 
     def extra_repr(self) -> str: return f"theta={self.theta}, d_k={self.d_k}, max_seq_len={self.max_seq_len}"
 

@@ -5,7 +5,7 @@
 # %% ../nbs/11_training.ipynb #5d6d4c85
 from __future__ import annotations
 
-import hashlib, io, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
+import gc, hashlib, io, json, math, os, platform, re, shutil, signal, subprocess, threading, time, warnings, zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,29 +38,31 @@ from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
-__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'DIVERGED_NATS', 'DIVERGED_SHARE', 'FEW_STEPS', 'LOG_SCHEMA', 'FREE_ON_RESUME',
-           'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint', 'load_checkpoint', 'TrainConfig',
-           'config_from_dict', 'load_config', 'pick_device', 'resolve_config', 'float32_products', 'autocast',
-           'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows', 'sample_tokens', 'to_device',
-           'DeviceRows', 'Prefetch', 'batch_source', 'fits_device', 'training_loss', 'evaluation_sums', 'call_model',
-           'evaluate', 'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
-           'loss_and_gradients', 'TrainStep', 'GraphedStep', 'initial_model', 'TrainParts', 'build_run', 'is_sharded',
-           'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival',
-           'send', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
+__all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'QUEUED_SECONDS', 'DIVERGED_NATS', 'DIVERGED_SHARE', 'FEW_STEPS', 'LOG_SCHEMA',
+           'FREE_ON_RESUME', 'training_loop', 'save_checkpoint', 'checkpoint_state', 'read_checkpoint',
+           'load_checkpoint', 'TrainConfig', 'config_from_dict', 'load_config', 'pick_device', 'resolve_config',
+           'float32_products', 'autocast', 'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows',
+           'sample_tokens', 'to_device', 'document_rows', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device',
+           'training_loss', 'evaluation_sums', 'torch_cross_entropy', 'eager_training_loss', 'call_model', 'evaluate',
+           'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
+           'loss_and_gradients', 'leave_clipping', 'TrainStep', 'GraphedStep', 'initial_model', 'refill',
+           'compiled_functions', 'compile_blocks', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
+           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'has_work',
+           'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
            'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run',
-           'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest', 'is_asked_to_stop', 'record_evaluation',
-           'advance', 'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot',
-           'train_many', 'load_model']
+           'make_room', 'prepare_saving', 'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest',
+           'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train', 'connected', 'summary_writer',
+           'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
                   learning_rate: Callable[[int], float], steps: int, first_step: int = 1,
-                  max_grad_norm: float = 1.0) -> list[float]:
+                  max_grad_norm: float = 1.0, loss_function: Callable = cross_entropy) -> list[float]:
     "The handout's loop, bare: the losses of steps `first_step`..`steps`. `batch(step)` gives (inputs, targets)."
     losses = []
     for step in range(first_step, steps + 1):
         inputs, targets = batch(step)
-        loss = cross_entropy(model(inputs), targets)
+        loss = loss_function(model(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
         clip_gradients(model.parameters(), max_grad_norm)
@@ -423,6 +425,16 @@ def _tokens_to(tokens: np.ndarray, device: torch.device, block: int = 1 << 26) -
     return result
 
 # %% ../nbs/11_training.ipynb #728b774b
+def document_rows(ids: Tensor, inside: Tensor, separator: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets from windows (batch, time) that begin with a document each; `inside`: not beyond the file's end.
+
+    A row is the separator, then the document to its own separator, then padding."""
+    ends = (ids == separator).long()
+    kept = inside & (ends.cumsum(1) == ends)  # not after the first separator
+    inputs = nn.functional.pad(ids[:, :-1].where(kept[:, 1:], separator), (1, 0), value=separator)
+    return inputs, ids.where(kept, IGNORE_INDEX)
+
+# %% ../nbs/11_training.ipynb #f61a6887
 class DeviceRows:
     "The rows of a `TokenRows`, the same ones, cut on a device that holds all its tokens."
     def __init__(self, rows: TokenRows, device: torch.device) -> None:
@@ -441,18 +453,10 @@ class DeviceRows:
 
     def cut(self, starts: Tensor) -> tuple[Tensor, Tensor]:
         "Inputs and targets of the rows that begin there: what `TokenRows.batch` gives, on the device."
-        if self.rows.starts is not None: return self._documents(starts)
-        ids, _ = self.windows(starts, self.rows.context_length + 1)
+        length, separator = self.rows.context_length, self.rows.separator_id
+        if self.rows.starts is not None: return document_rows(*self.windows(starts, length), separator)
+        ids, _ = self.windows(starts, length + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def _documents(self, starts: Tensor) -> tuple[Tensor, Tensor]:
-        "A row is the separator, then the document to its own separator, then padding, which is no target."
-        separator = self.rows.separator_id
-        ids, inside = self.windows(starts, self.rows.context_length)
-        ends = (ids == separator).long()
-        kept = inside & (ends.cumsum(1) == ends)  # not after the first separator
-        inputs = nn.functional.pad(ids[:, :-1].where(kept[:, 1:], separator), (1, 0), value=separator)
-        return inputs, ids.where(kept, IGNORE_INDEX)
 
 # %% ../nbs/11_training.ipynb #585e510a
 class Prefetch:
@@ -494,6 +498,17 @@ def evaluation_sums(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor
     logits, counted = model(inputs), targets != IGNORE_INDEX
     variance = logits.float().var(dim=-1, correction=0) * counted
     return torch.stack([token_losses(logits, targets).sum(), counted.sum(), variance.sum()])
+
+# %% ../nbs/11_training.ipynb #13ac70c8
+def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    "`cross_entropy` of (..., vocab) logits at (...) targets by PyTorch's own operation, in float32 or wider."
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def eager_training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    "`training_loss` for a model that is not compiled together with its loss."
+    return torch_cross_entropy(model(inputs), targets)
 
 # %% ../nbs/11_training.ipynb #1648b7ae
 def call_model(model: nn.Module, function: Callable, *args: Tensor) -> Tensor:
@@ -609,6 +624,7 @@ class Run:
     pending: list[Tensor] = field(default_factory=list)  # (loss, gradient norm, targets) of steps, on the device
     coming: list[tuple] = field(default_factory=list)  # such values on their way to the CPU, for the next log line
     settled: int = 0  # steps whose values have arrived
+    step_seconds: float = 0.0  # of a step before the last log line
     grad_norm: float = 0.0
     saved_step: int | None = None  # of the newest checkpoint
     good_step: int | None = None  # of the newest one that was saved while the loss looked good
@@ -690,6 +706,12 @@ def loss_and_gradients(model: nn.Module, loss_function: Callable, inputs: Tensor
     return total
 
 # %% ../nbs/11_training.ipynb #973cee71
+def leave_clipping(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    "The gradients' norm; the factor that brings it down to `max_norm` is left to AdamW's next step."
+    norm, optimizer.grad_scale = norm_and_scale([p.grad for p in parameters if p.grad is not None], max_norm)
+    return norm
+
+# %% ../nbs/11_training.ipynb #c3cf0850
 class TrainStep:
     """`step(inputs, targets, lr)`: one optimizer step on a batch. A tensor of three numbers, which stays on the device:
     loss (mean nats a target), gradient norm, number of targets.
@@ -720,16 +742,11 @@ class TrainStep:
         self.optimizer.zero_grad()
         share = target_share(targets) if self.uneven else None
         loss = loss_and_gradients(self.model, self.loss_function, inputs, targets, **self.parts, share=share)
-        norm = self.clip()
+        parameters = list(self.model.parameters())
+        norm = clip_gradients_over_ranks(parameters, self.max_grad_norm) if self.rate is None \
+            else leave_clipping(parameters, self.optimizer, self.max_grad_norm)
         self.optimizer.step()
         return torch.stack([loss.float(), norm.float(), (targets != IGNORE_INDEX).sum().float()])
-
-    def clip(self) -> Tensor:
-        "Clip the gradients, or leave the scaling to an AdamW that does it on the way; their norm before."
-        if self.rate is None: return clip_gradients_over_ranks(self.model.parameters(), self.max_grad_norm)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm, self.optimizer.grad_scale = norm_and_scale(grads, self.max_grad_norm)
-        return norm
 
 # %% ../nbs/11_training.ipynb #87470350
 class GraphedStep:
@@ -778,6 +795,25 @@ def initial_model(config: ModelConfig, seed: int) -> TransformerLM:
     return model
 
 # %% ../nbs/11_training.ipynb #f743b950
+@torch.no_grad()
+def refill(model: nn.Module, fresh: nn.Module) -> None:
+    "Give a model the weights of another of its shape, in the memory that it has."
+    for old, new in zip(model.parameters(), fresh.parameters(), strict=True): old.copy_(new)
+    model.zero_grad()
+
+# %% ../nbs/11_training.ipynb #1da100c8
+def compiled_functions(config: TrainConfig) -> tuple[Callable, Callable, Callable]:
+    "The loss, the evaluation and AdamW's update of a resolved run."
+    plain = eager_training_loss if config.compile == "off" else training_loss
+    functions = fused_training_loss if config.kernels == "on" else plain, evaluation_sums, adamw_update_capturable
+    return tuple(_compiled(function, config.compile) for function in functions)
+
+
+def compile_blocks(model: TransformerLM, backend: str) -> None:
+    if backend == "off": return
+    for block in model.layers: block.compile(backend=backend, dynamic=False)
+
+# %% ../nbs/11_training.ipynb #037b257a
 @dataclass
 class TrainParts:
     "The model's memory, its compiled functions and tokens on the device, taken from one run to the next by `train`."
@@ -793,26 +829,14 @@ class TrainParts:
         needs = (config.model, config.device, config.compile, config.precision, config.batch_size, config.micro_batch,
                  config.eval_batch_size, config.rows, config.kernels)
         fresh = initial_model(config.model, config.seed)
-        if self.made_for == needs and world.size == 1: return self._refill(fresh)
+        if self.made_for == needs and world.size == 1: return refill(self.model, fresh)
         if config.compile != "off": torch.compiler.reset()  # it keeps eight variants of a function and then gives up
         self.made_for, self.model = needs, fresh
-        if world.size > 1 and config.strategy == "fsdp": return self._compile_blocks(config.compile)
+        self.loss_function, self.evaluation_function = eager_training_loss, evaluation_sums
+        if is_sharded(config, world): return compile_blocks(self.model, config.compile)
         self.model.to(config.device)
         use_kernels(self.model, config.kernels == "on")
-        self.loss_function = _compiled(fused_training_loss if config.kernels == "on" else training_loss, config.compile)
-        self.evaluation_function = _compiled(evaluation_sums, config.compile)
-        self.update = _compiled(adamw_update_capturable, config.compile)
-
-    def _compile_blocks(self, backend: str) -> None:
-        "The parts of a model that will be sharded: what gathers a block's weights stands between compiled blocks."
-        self.loss_function, self.evaluation_function = training_loss, evaluation_sums
-        if backend == "off": return
-        for block in self.model.layers: block.compile(backend=backend, dynamic=False)
-
-    @torch.no_grad()
-    def _refill(self, fresh: TransformerLM) -> None:
-        for old, new in zip(self.model.parameters(), fresh.parameters(), strict=True): old.copy_(new)
-        self.model.zero_grad()
+        self.loss_function, self.evaluation_function, self.update = compiled_functions(config)
 
     def rows(self, rows: TokenRows, config: TrainConfig, world: World) -> TokenRows | DeviceRows:
         "The rows with their tokens on the device, if there is room."
@@ -896,6 +920,14 @@ def send(run: Run) -> None:
     if not run.pending: return
     run.coming.append((run.step, to_host(mean_over_ranks(torch.stack(run.pending))), arrival(run.device)))
     run.pending.clear()
+
+
+QUEUED_SECONDS = 0.1
+
+
+def has_work(run: Run) -> bool:
+    "Whether the device has enough to do beyond the values that are coming, so that Python may wait for them."
+    return (run.step - run.coming[-1][0]) * run.step_seconds >= QUEUED_SECONDS
 
 # %% ../nbs/11_training.ipynb #8d2281e7
 DIVERGED_NATS, DIVERGED_SHARE, FEW_STEPS = 1.0, 0.1, 10
@@ -1018,7 +1050,9 @@ def append_log(run: Run, record: dict) -> None:
 def log_step(run: Run) -> dict:
     "Receive what was sent for, then write and return the log line of the steps since the last one."
     receive(run)
+    tokens = run.tokens - run.clock.tokens
     rate = run.clock.rate(run.tokens)
+    run.step_seconds = tokens / max(rate, 1e-9) / len(run.losses)
     peak = peak_flops(device_name(run.device), run.config.precision)
     record = {"kind": "step", "step": run.settled, "tokens": run.tokens, "seconds": round(run.clock.seconds, 3),
               "loss": sum(run.losses) / len(run.losses), "lr": learning_rate(run.config, run.settled),
@@ -1098,6 +1132,20 @@ def _save_sharded(run: Run, path: Path) -> Path:
 
 # %% ../nbs/11_training.ipynb #d2e13caf
 _SAVER = ThreadPoolExecutor(1, "checkpoint")
+
+
+def make_room(model: nn.Module, tensors: int = 3) -> None:
+    "Have memory pinned for a checkpoint: for each parameter its weight and AdamW's two moments."
+    parameters = list(model.parameters())
+    with current_device(str(parameters[0].device)):
+        held = [torch.empty_like(p, device="cpu", pin_memory=True) for p in parameters for _ in range(tensors)]
+    del held  # back to PyTorch's allocator, which keeps it pinned
+
+
+def prepare_saving(run: Run) -> None:
+    "Where checkpoints will be written beside the training, have the thread make room for them."
+    saves = run.config.keep_checkpoints and run.world.writes and not is_sharded(run.config, run.world)
+    if saves and runs_behind(run.device): _SAVER.submit(make_room, run.model)
 
 
 def _write(state: dict, path: Path, keep: tuple[int, int | None], wait: Callable[[], None] = lambda: None) -> None:
@@ -1323,7 +1371,8 @@ def record_evaluation(run: Run, stop: StopRequest, progress: bool = False) -> No
 # %% ../nbs/11_training.ipynb #ddb8d1a5
 def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
     "Train to the last step, or until asked to stop; evaluate, save and log on the way."
-    config = run.config
+    config, first = run.config, run.step + 1
+    prepare_saving(run)
     while True:
         if _is_due(run.step, config.eval_every, config.steps): record_evaluation(run, stop, progress=not bar.disable)
         ending = is_asked_to_stop(run, stop) or run.step == config.steps
@@ -1334,10 +1383,12 @@ def advance(run: Run, stop: StopRequest, bar: tqdm) -> None:
         if ending: return
         next_step(run)
         bar.update()
-        if run.coming: log_step(run)  # of an earlier step; the device has this one to work on meanwhile
+        if run.step == first: gc.freeze()
+        if run.coming and has_work(run): log_step(run)  # of an earlier step
         if run.step == 1 or _is_due(run.step, config.log_every, config.steps):
+            if run.coming: log_step(run)  # the line before
             send(run)
-            if not runs_behind(run.device): log_step(run)
+            if run.step == 1 or not runs_behind(run.device): log_step(run)
             finish_saving(run, wait=False)
 
 # %% ../nbs/11_training.ipynb #c9e806d2
@@ -1405,7 +1456,9 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, p
             if run.config.tensorboard and world.writes:
                 run.listeners.append(TensorBoardWriter(run.folder / "tensorboard", run.step))
             try: return _train_to_an_end(run, stop, bar)
-            finally: run.close()
+            finally:
+                gc.unfreeze()
+                run.close()
 
 # %% ../nbs/11_training.ipynb #1db9580f
 def connected(device: str):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from .layers import (CausalMultiHeadSelfAttention, Embedding, KeyValueCache, Linear, RMSNorm,
-                             RotaryPositionalEmbedding, SiLUFeedForward, SwiGLU, swiglu_d_ff)
+                             RotaryPositionalEmbedding, SiLUFeedForward, SwiGLU, rotate_pairs, silu, swiglu_d_ff)
 
 # %% auto #0
 __all__ = ['CHOICES', 'GPT2_SIZES', 'PRESETS', 'ModelConfig', 'check_field', 'check_config', 'make_norm', 'make_rope',
@@ -38,7 +38,7 @@ class ModelConfig:
     ffn: str = "swiglu"  # feed-forward layer: swiglu (three matrices) or silu (two)
     tied_embeddings: bool = False  # use the embedding table as output matrix too
     embedding_std: float = 1.0  # standard deviation of the first embeddings
-    attention: str = "sdpa"  # attention kernel: sdpa (fused) or clear (our equations)
+    attention: str = "sdpa"  # kernels: sdpa (PyTorch's fused ones) or clear (our equations)
 
     @property
     def d_head(self) -> int:
@@ -79,7 +79,9 @@ def make_norm(config: ModelConfig, device=None, dtype=None) -> nn.Module:
 def make_rope(config: ModelConfig, device=None) -> RotaryPositionalEmbedding | None:
     "The rotary tables that all blocks share, or None for position='none'."
     if config.position == "none": return None
-    return RotaryPositionalEmbedding(config.rope_theta, config.d_head, config.context_length, device)
+    rope = RotaryPositionalEmbedding(config.rope_theta, config.d_head, config.context_length, device)
+    if config.attention == "clear": rope.rotate = rotate_pairs
+    return rope
 
 # %% ../nbs/08_transformer.ipynb #582bf7f0
 class TransformerBlock(nn.Module):
@@ -94,6 +96,7 @@ class TransformerBlock(nn.Module):
         self.ln1 = make_norm(config, **where)
         self.ffn = {"swiglu": SwiGLU, "silu": SiLUFeedForward}[config.ffn](config.d_model, config.d_ff, **where)
         self.ln2 = make_norm(config, **where)
+        if config.attention == "clear": self.ffn.activation = silu
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         if self.norm == "post":

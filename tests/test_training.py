@@ -1,5 +1,5 @@
 "Training: the loop against its clear form, exact resume, evaluation against the definition, refusals, the log."
-import io, json, math, os, signal, sys, threading, time, types, warnings
+import io, json, math, os, signal, subprocess, sys, threading, time, types, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
@@ -13,12 +13,12 @@ from hypothesis import given, settings, strategies as st
 from cs336_lm import training
 from cs336_lm.corpora import END_OF_TEXT
 from cs336_lm.dataset import IGNORE_INDEX, TokenFile, document_starts, encode_file
-from cs336_lm.optimization import AdamW
+from cs336_lm.optimization import AdamW, cross_entropy
 from cs336_lm.tokenizer import Tokenizer
 from cs336_lm.training import (DeviceRows, LivePlot, ModelConfig, Prefetch, StopRequest, TokenRows, TrainConfig, TrainParts, TrainStep,
                                TransformerLM, config_from_dict, evaluate, learning_rate, list_checkpoints, load_config,
                                load_checkpoint, load_model, open_rows, peak_flops, pick_device, planned_bytes, resolve_config,
-                               save_checkpoint, train, train_many, training_loop)
+                               save_checkpoint, torch_cross_entropy, train, train_many, training_loop)
 
 TINY = ModelConfig(vocab_size=257, context_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=32)
 
@@ -101,15 +101,35 @@ def test_one_batch_is_learned_by_heart(tmp_path, data):
 def test_train_is_the_clear_loop(config, rows):
     config = replace(config, rows=rows)
     result = run(config)
-    torch.manual_seed(config.seed)
-    model = TransformerLM(config.model)
-    optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     data = open_rows(config.train_tokens, config.model, rows, Tokenizer.load(config.tokenizer))
-    losses = training_loop(model, optimizer, lambda step: data.batch(config.batch_size, config.seed, step),
-                           lambda step: learning_rate(config, step), config.steps, max_grad_norm=config.max_grad_norm)
-    assert same_bits(torch.load(result.checkpoint, weights_only=True)["model"], model.state_dict())
+    found = {}
+    for loss_function in (cross_entropy, torch_cross_entropy):
+        torch.manual_seed(config.seed)
+        model = TransformerLM(config.model)
+        optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        losses = training_loop(model, optimizer, lambda step: data.batch(config.batch_size, config.seed, step), lambda step: learning_rate(config, step),
+                               config.steps, max_grad_norm=config.max_grad_norm, loss_function=loss_function)
+        found[loss_function] = model.state_dict(), losses
+    saved, (weights, losses) = torch.load(result.checkpoint, weights_only=True)["model"], found[torch_cross_entropy]
+    assert same_bits(saved, weights)
+    assert losses == pytest.approx(found[cross_entropy][1], rel=1e-4)
+    for name, weight in found[cross_entropy][0].items(): torch.testing.assert_close(saved[name], weight, rtol=1e-3, atol=1e-4)
     logged = [r["loss"] for r in records(result) if r["kind"] == "step"]
     assert logged == [losses[0], np.mean(losses[1:3])] + [sum(losses[i:i + 3]) / 3 for i in range(3, 18, 3)] + [sum(losses[18:]) / 2]
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(2, 40), st.floats(0.1, 30), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_torchs_cross_entropy_is_the_clear_one(batch, time, vocab, size, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (size * torch.randn(batch, time, vocab, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(vocab, (batch, time), generator=generator).where(torch.rand(batch, time, generator=generator) < 0.8, -100)
+    clear, fast = cross_entropy(logits, targets), torch_cross_entropy(logits, targets)
+    assert clear.dtype == fast.dtype
+    torch.testing.assert_close(clear, fast, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if (targets == -100).all(): return
+    rough = dict(rtol=1e-2, atol=1e-3) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (clear, fast)), **rough)
 
 
 def test_training_loop_is_torchs_on_torchs_optimizer(config):
@@ -216,7 +236,7 @@ def test_parts_are_reused_for_equal_sizes_and_a_resumed_run_takes_them(config, m
 
 @pytest.mark.parametrize("how", ["finished", "interrupted", "diverged"])
 def test_a_device_that_runs_behind_changes_nothing(config, monkeypatch, how):
-    "Log lines a step later and checkpoints written by a thread: the same lines, the same files, in the same order."
+    "Log lines later and checkpoints written by a thread: the same lines, the same files, in the same order."
     def act(run):
         if how == "interrupted": signal.raise_signal(signal.SIGINT)
         if how == "diverged": next(run.model.parameters()).data.fill_(math.nan)
@@ -238,6 +258,41 @@ def test_a_full_disk_is_noticed_while_a_thread_writes(config, monkeypatch):
     monkeypatch.setattr(training, "runs_behind", lambda device: True)
     with pytest.raises(OSError, match="No space"): run(config)
     assert records_of(config.runs_dir + "/run")[-1]["reason"] == "OSError: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize("queued, later", [(math.inf, 3), (0.0, 1)])
+def test_a_device_that_runs_behind_has_steps_to_do_while_python_waits(config, monkeypatch, queued, later):
+    "Values are waited for when enough steps have followed, at the next line at the latest; but for the first step's, and at the end for all."
+    waits = []
+    monkeypatch.setattr(training, "QUEUED_SECONDS", queued)
+    def arrival(device):
+        asked = running[0].step
+        return lambda: waits.append((asked, running[0].step))
+    running, plain_step = [None], training.next_step
+    def step(run):
+        running[0] = run
+        plain_step(run)
+    monkeypatch.setattr(training, "next_step", step)
+    monkeypatch.setattr(training, "runs_behind", lambda device: True)
+    monkeypatch.setattr(training, "arrival", arrival)
+    run(replace(config, eval_every=0, checkpoint_every=0, keep_checkpoints=0))
+    assert waits == [(1, 1), *((s, s + later) for s in range(3, 18, 3)), (18, min(18 + later, 20)), (20, 20)]
+
+
+def test_the_collector_goes_through_everything_again_when_a_run_is_over(config, monkeypatch):
+    import gc
+    frozen = []
+    with at_step(5, lambda run: frozen.append(gc.get_freeze_count()), monkeypatch): run(config)
+    assert frozen[0] > 0 and gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("behind, keep, rooms", [(True, 2, 1), (True, 0, 0), (False, 2, 0)])
+def test_memory_is_pinned_once_where_a_thread_will_write(config, monkeypatch, behind, keep, rooms):
+    asked = []
+    monkeypatch.setattr(training, "runs_behind", lambda device: behind)
+    monkeypatch.setattr(training, "make_room", lambda model: asked.append(sum(p.numel() for p in model.parameters())))
+    assert run(replace(config, keep_checkpoints=keep)).status == "finished"
+    assert asked == [sum(p.numel() for p in TransformerLM(TINY).parameters())] * rooms
 
 
 def test_prefetched_batches_are_the_same_in_any_order_and_errors_come_through():
@@ -894,3 +949,13 @@ def test_a_compiled_model_saves_under_plain_names(tmp_path):
     other = torch.nn.Linear(2, 2)
     assert load_checkpoint(tmp_path / "x.pt", torch.compile(other, backend="eager")) == 1
     assert same_bits(model.state_dict(), other.state_dict())
+
+
+def test_the_benchmark_times_whole_runs_beside_their_steps(data, tmp_path):
+    "Tiny, for its mechanics alone: no number in it is judged."
+    root, record = Path(__file__).parents[1], tmp_path / "record.json"
+    command = [sys.executable, str(root / "benchmarks/training.py"), "--skip-peers", "--loop", "10", "--batch", "1", "--tokens", str(data / "train.npy"), "--record", str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found, = json.loads(record.read_text())["loop"]
+    assert len(found["loop_rates"]) == 3 and min(found["loop_rates"] + found["step_rates"]) > 0
