@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -21,19 +21,20 @@ from tqdm import tqdm
 
 from .corpora import END_OF_TEXT, describe_file, read_documents, write_aside
 from . import pretokenization
-from .pretokenization import read_text, safe_shards
+from .pretokenization import Paths, list_paths, read_text, safe_shards
 from .tokenizer import Bench, FastEncoder, Tokenizer, in_order, pays, read_json, thread_count
 
 if TYPE_CHECKING: import torch
 
 # %% auto #0
 __all__ = ['SHARD_BYTES', 'SHARDS_AHEAD', 'IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile',
-           'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'with_bar', 'DocumentCounter',
-           'BlockReader', 'read_block', 'read_exactly', 'check_unchanged', 'raise_not_utf8', 'encode_block',
-           'encode_blocks', 'encode_in_threads', 'unpack_tokenizer', 'encode_shard', 'encode_shards',
-           'encode_in_executor', 'encode_file', 'map_npy', 'read_token_file', 'open_tokens', 'get_batch', 'check_sizes',
-           'to_tensors', 'document_starts', 'pad_rows', 'get_document_batch', 'document_piece', 'stream_pieces',
-           'document_pieces', 'padded_batches', 'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample',
+           'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'byte_bar', 'with_bar',
+           'DocumentCounter', 'describe_files', 'name_of', 'text_description', 'BlockReader', 'read_block',
+           'read_exactly', 'check_unchanged', 'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads',
+           'encode_whole', 'unpack_tokenizer', 'encode_shard', 'list_shards', 'encode_shards', 'encode_in_executor',
+           'encode_file', 'map_npy', 'read_token_file', 'open_tokens', 'get_batch', 'check_sizes', 'to_tensors',
+           'document_starts', 'pad_rows', 'get_document_batch', 'document_piece', 'stream_pieces', 'document_pieces',
+           'padded_batches', 'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample',
            'sample_documents', 'bytes_per_token']
 
 # %% ../nbs/06_dataset.ipynb #f4877560
@@ -90,27 +91,32 @@ def write_sidecar(about: TokenFile) -> None:
     with write_aside(sidecar_path(about.path), "w") as file: file.write(json.dumps(content, indent=1) + "\n")
 
 # %% ../nbs/06_dataset.ipynb #ff7f67dd
-def encode_clear(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path: str | os.PathLike, dtype: np.dtype,
+def encode_clear(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.PathLike, dtype: np.dtype,
                  corpus_name: str | None, progress: bool) -> tuple[dict, int]:
-    "Write the ids of a text file as a stream: the description of the text, and how many ids there are."
-    corpus = describe_file(input_path, corpus_name)
-    ids = tokenizer.encode_iterable(with_bar(read_text(input_path), corpus["bytes"], progress))
-    return corpus, write_npy(output_path, dtype, id_arrays(ids, dtype))
+    "Write the ids of text files, one behind the other: the description of the text, and how many ids there are."
+    corpus = describe_files(paths := list_paths(input_path), corpus_name)
+    with byte_bar(corpus["bytes"], progress) as bar:
+        ids = chain.from_iterable(tokenizer.encode_iterable(with_bar(read_text(path), bar)) for path in paths)
+        return corpus, write_npy(output_path, dtype, id_arrays(ids, dtype))
 
 # %% ../nbs/06_dataset.ipynb #a76cd1b8
-def check_separators(corpus: dict, tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+def check_separators(corpus: dict, tokenizer: Tokenizer, paths: Sequence[str]) -> None:
     "Warn if the text has documents whose separator is ordinary text to the tokenizer."
     if corpus["documents"] > 1 and END_OF_TEXT not in tokenizer.special_tokens:
-        warnings.warn(f"{END_OF_TEXT} separates documents in {path} but is no special token of the tokenizer: "
+        warnings.warn(f"{END_OF_TEXT} separates documents in {', '.join(paths)} but is no special token of the tokenizer: "
                       "the ids will not show where documents end.", stacklevel=3)
 
 
-def with_bar(blocks: Iterable[str], total: int, progress: bool) -> Iterator[str]:
-    "The same blocks of text, with a bar that counts their bytes."
-    with tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar:
-        for block in blocks:
-            yield block
-            if progress: bar.update(len(block.encode()))
+def byte_bar(total: int, progress: bool) -> tqdm:
+    "A bar that counts bytes of text."
+    return tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=not progress)
+
+
+def with_bar(blocks: Iterable[str], bar: tqdm) -> Iterator[str]:
+    "The same blocks of text, whose bytes the bar counts."
+    for block in blocks:
+        yield block
+        if not bar.disable: bar.update(len(block.encode()))
 
 # %% ../nbs/06_dataset.ipynb #c3d80649
 class DocumentCounter:
@@ -131,17 +137,43 @@ class DocumentCounter:
         self.documents += self.begun or bool(piece.strip())
         self.begun = False
 
+
+def describe_files(paths: Sequence[str], name: str | None = None) -> dict:
+    "`describe_file` of one file; of several the same of the text that they make one behind the other."
+    if len(paths) == 1: return describe_file(paths[0], name)
+    digest, counter, size = hashlib.sha256(), DocumentCounter(), 0
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+                counter.add(block)
+                size += len(block)
+    return text_description(name or name_of(paths), size, counter, digest)
+
+
+def name_of(paths: Sequence[str]) -> str:
+    "What a text of several files is called."
+    return Path(paths[0]).name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def text_description(name: str, size: int, counter: DocumentCounter, digest) -> dict:
+    "The dict of `describe_file`, after the last block."
+    counter.end(counter.held)
+    return {"name": name, "bytes": size, "documents": counter.documents, "sha256": digest.hexdigest()}
+
 # %% ../nbs/06_dataset.ipynb #6e5e9cf3
 class BlockReader:
     """Reads a UTF-8 file block by block, each into the bench (chapter 5) of the thread that asks.
 
-    `part` is a range of the file and the size that the whole file must have; a part is not described."""
+    `part` is a range of the file and the size that the whole file must have; a part is not described. `counter` and
+    `digest` go on from the files before it."""
 
-    def __init__(self, path: str | os.PathLike, part: tuple[int, int, int] | None = None):
+    def __init__(self, path: str | os.PathLike, part: tuple[int, int, int] | None = None,
+                 counter: DocumentCounter | None = None, digest=None):
         self.path, self.lock, self.file = path, threading.Lock(), open(path, "rb", buffering=0)
         size = os.fstat(self.file.fileno()).st_size
         (self.at, self.end, self.size), self.whole, self.blocks = part or (0, size, size), part is None, 0
-        self.digest, self.counter = hashlib.sha256(), DocumentCounter()
+        self.digest, self.counter = digest or hashlib.sha256(), counter or DocumentCounter()
 
     def next_block(self, bench: Bench) -> tuple[int, int, int]:
         "Number, place in the file and size of the next block, which is then in `bench.text`; size 0 after the last."
@@ -162,16 +194,14 @@ def read_block(reader: BlockReader, bench: Bench) -> int:
     if reader.at + size == reader.end: return size
     if cut := pretokenization.last_safe_cut(bench.text, size, bench.scan): return cut
     found = pretokenization.find_starts(bench.text, size, bench.scan, bench.starts)
-    if found < 0 and ~found < size - 4: raise_not_utf8(reader.path, reader.at, bench.text[:size].tobytes())
+    if found < 0 and ~found < size - 4: raise_not_utf8(reader, reader.at, bench.text[:size].tobytes())
     bench.make_room(2 * bench.size)  # one long word
     return 0
 
 
 def read_exactly(reader: BlockReader, view: memoryview) -> None:
     "Fill `view` from where the reader is. `OSError` if the file has become shorter."
-    reader.file.seek(reader.at)
-    while len(view) and (got := reader.file.readinto(view)): view = view[got:]
-    check_unchanged(reader, shorter=len(view) > 0)
+    check_unchanged(reader, shorter=pretokenization.read_at(reader.file, view, reader.at) < len(view))
 
 
 def check_unchanged(reader: BlockReader, shorter: bool = False) -> None:
@@ -181,11 +211,13 @@ def check_unchanged(reader: BlockReader, shorter: bool = False) -> None:
         raise OSError(f"{reader.path} changed while it was read: it had {reader.size:,} bytes, now {now:,}.")
 
 # %% ../nbs/06_dataset.ipynb #08023ee1
-def raise_not_utf8(path: str | os.PathLike, at: int, block: bytes) -> NoReturn:
-    "The `ValueError` of the clear version for a block that begins at byte `at` of the file."
+def raise_not_utf8(reader: BlockReader, at: int, block: bytes) -> NoReturn:
+    "The `ValueError` of the clear version for a block that begins at byte `at` of the reader's file."
     try: block.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {at + error.start:,}; "
+        place = at + error.start
+        reason = pretokenization.utf8_reason(reader.file, place)  # the block may end behind the fault
+        raise ValueError(f"{reader.path} is not UTF-8: {reason} at byte {place:,}; "
                          "convert the file to UTF-8 or remove those bytes") from None
     raise AssertionError("the compiled scanner refuses a text that Python decodes")
 
@@ -196,7 +228,7 @@ def encode_block(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype) -> 
     try:
         number, at, size = reader.next_block(bench)
         try: ids = bench.ids(size).astype(dtype)  # a copy: the bench will be used again
-        except UnicodeDecodeError: raise_not_utf8(reader.path, at, bench.text[:size].tobytes())
+        except UnicodeDecodeError: raise_not_utf8(reader, at, bench.text[:size].tobytes())
         encoder.put(bench)
         return number, size, ids
     except (ValueError, OSError, MemoryError) as error:
@@ -204,12 +236,11 @@ def encode_block(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype) -> 
 
 # %% ../nbs/06_dataset.ipynb #3b90e6a8
 def encode_blocks(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype, num_threads: int,
-                  progress: bool) -> Iterator[np.ndarray]:
+                  bar: tqdm) -> Iterator[np.ndarray]:
     "The ids of the file, block by block in order; raises the first error of the text."
     early, wanted = {}, 0  # results that came before their turn; whose turn it is
     work = in_order(lambda _: encode_block(encoder, reader, dtype), repeat(None), num_threads)
-    todo = reader.end - reader.at
-    with tqdm(total=todo, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar, closing(work):
+    with closing(work):
         while True:
             while wanted not in early:
                 number, *result = next(work)
@@ -222,18 +253,21 @@ def encode_blocks(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype, nu
             wanted += 1
 
 # %% ../nbs/06_dataset.ipynb #4be8884c
-def encode_in_threads(encoder: FastEncoder, num_threads: int, input_path: str | os.PathLike,
-                      output_path: str | os.PathLike, dtype: np.dtype, corpus_name: str | None,
-                      progress: bool) -> tuple[dict, int]:
-    "What `encode_clear` does, by compiled code. `OSError` if the file changes its size meanwhile."
-    reader = BlockReader(input_path)
+def encode_in_threads(encoder: FastEncoder, num_threads: int, paths: Sequence[str], output_path: str | os.PathLike,
+                      dtype: np.dtype, corpus_name: str | None, progress: bool) -> tuple[dict, int]:
+    "What `encode_clear` does, by compiled code. `OSError` if a file changes its size meanwhile."
     encoder.share(num_threads)
-    with closing(reader.file):
-        tokens = write_npy(output_path, dtype, encode_blocks(encoder, reader, dtype, num_threads, progress))
-    reader.counter.end(reader.counter.held)
-    name = corpus_name or Path(input_path).name
-    return {"name": name, "bytes": reader.at, "documents": reader.counter.documents,
-            "sha256": reader.digest.hexdigest()}, tokens
+    digest, counter, total = hashlib.sha256(), DocumentCounter(), sum(map(os.path.getsize, paths))
+    with byte_bar(total, progress) as bar:
+        files = (encode_whole(encoder, BlockReader(path, None, counter, digest), dtype, num_threads, bar) for path in paths)
+        with closing(ids := (array for arrays in files for array in arrays)): tokens = write_npy(output_path, dtype, ids)
+    if sum(map(os.path.getsize, paths)) != total: raise OSError(f"{', '.join(paths)} changed while it was read.")
+    return text_description(corpus_name or name_of(paths), total, counter, digest), tokens
+
+
+def encode_whole(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype, num_threads: int, bar: tqdm) -> Iterator[np.ndarray]:
+    "`encode_blocks`, and the file is closed."
+    with closing(reader.file): yield from encode_blocks(encoder, reader, dtype, num_threads, bar)
 
 # %% ../nbs/06_dataset.ipynb #f610dd7d
 SHARD_BYTES, SHARDS_AHEAD = 1 << 24, 16
@@ -251,56 +285,68 @@ def encode_shard(packed: bytes, path: str, part: tuple[int, int, int], dtype: np
     "What a worker does: the ids of a file's part (begin, end, size of the whole file)."
     encoder, reader = unpack_tokenizer(packed).fast, BlockReader(path, part)
     with closing(reader.file):
-        return np.concatenate([np.empty(0, dtype), *encode_blocks(encoder, reader, dtype, 1, False)])
+        return np.concatenate([np.empty(0, dtype), *encode_blocks(encoder, reader, dtype, 1, byte_bar(0, False))])
 
 # %% ../nbs/06_dataset.ipynb #f7c9b4c5
-def encode_shards(tokenizer: Tokenizer, executor: Executor, path: str, size: int, dtype: np.dtype,
-                  progress: bool) -> Iterator[np.ndarray]:
-    "The ids of the file, shard by shard in order, by the workers of an executor; after an error no more is begun."
+def list_shards(tokenizer: Tokenizer, paths: Sequence[str]) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    "Each file's parts, as `encode_shard` wants them."
+    for path in paths:
+        size = os.path.getsize(path)
+        for begin, end in safe_shards(path, tuple(tokenizer.special_tokens), SHARD_BYTES): yield path, (begin, end, size)
+
+
+def encode_shards(tokenizer: Tokenizer, executor: Executor, paths: Sequence[str], dtype: np.dtype,
+                  bar: tqdm) -> Iterator[np.ndarray]:
+    "The ids of the files, shard by shard in order, by the workers of an executor; after an error no more is begun."
     packed, pending = pickle.dumps(tokenizer), deque()
-    with tqdm(total=size, unit="B", unit_scale=True, desc="encode", disable=not progress) as bar:
-        try:
-            for begin, end in safe_shards(path, tuple(tokenizer.special_tokens), SHARD_BYTES):
-                pending.append((end - begin, executor.submit(encode_shard, packed, path, (begin, end, size), dtype)))
-                if len(pending) < SHARDS_AHEAD: continue
-                yield pending[0][1].result()
-                bar.update(pending.popleft()[0])
-            while pending:
-                yield pending[0][1].result()
-                bar.update(pending.popleft()[0])
-        finally:
-            for _, future in pending: future.cancel()
+    def oldest() -> np.ndarray:
+        ids = pending[0][1].result()
+        bar.update(pending.popleft()[0])
+        return ids
+    try:
+        for path, part in list_shards(tokenizer, paths):
+            pending.append((part[1] - part[0], executor.submit(encode_shard, packed, path, part, dtype)))
+            if len(pending) >= SHARDS_AHEAD: yield oldest()
+        while pending: yield oldest()
+    finally:
+        for _, future in pending: future.cancel()
 
 
-def encode_in_executor(tokenizer: Tokenizer, executor: Executor, input_path: str | os.PathLike,
-                       output_path: str | os.PathLike, dtype: np.dtype, corpus_name: str | None,
-                       progress: bool) -> tuple[dict, int]:
-    "What `encode_clear` does, by the workers of an executor."
-    corpus = describe_file(input_path, corpus_name)
-    work = encode_shards(tokenizer, executor, os.path.abspath(input_path), corpus["bytes"], dtype, progress)
-    with closing(work): return corpus, write_npy(output_path, dtype, work)
+def encode_in_executor(tokenizer: Tokenizer, executor: Executor, paths: Sequence[str], output_path: str | os.PathLike,
+                       dtype: np.dtype, corpus_name: str | None, progress: bool) -> tuple[dict, int]:
+    "What `encode_clear` does, by the workers of an executor. `OSError` if a file changes its size meanwhile."
+    corpus = describe_files(paths, corpus_name)
+    if (now := sum(map(os.path.getsize, paths))) != corpus["bytes"]:
+        raise OSError(f"{', '.join(paths)} changed while it was read: it had {corpus['bytes']:,} bytes, now {now:,}.")
+    with byte_bar(now, progress) as bar:
+        work = encode_shards(tokenizer, executor, list(map(os.path.abspath, paths)), dtype, bar)
+        with closing(work): return corpus, write_npy(output_path, dtype, work)
 
 # %% ../nbs/06_dataset.ipynb #1d103347
-def encode_file(tokenizer: Tokenizer, input_path: str | os.PathLike, output_path: str | os.PathLike, *,
+def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.PathLike, *,
                 corpus_name: str | None = None, progress: bool = False, num_threads: int | None = None,
                 executor: Executor | None = None) -> TokenFile:
     """Encode a UTF-8 text file to a flat `.npy` of ids with its description beside it, in constant memory.
 
+    Of several files (a list of paths) the ids stand one behind the other, each file's as if it were alone: nothing is put
+    between them, so a file should end with the separator; the description is that of the text they make together.
+
     Large files go through compiled code in `num_threads` threads (default: the processors, at most 8) or, if an
-    `executor` (`concurrent.futures`) is given, by its workers, who must find the file under the same path; the result
+    `executor` (`concurrent.futures`) is given, by its workers, who must find the files under the same paths; the result
     is the same. Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
     `output_path` does not end in .npy; `OSError` for a full disk or a file that changes. After an error nothing stands
     under the final name that was not there before. `corpus_name` defaults to the file's name."""
     sidecar, dtype, threads = sidecar_path(output_path), token_dtype(tokenizer.vocab_size), thread_count(num_threads)
-    size = os.path.getsize(input_path)
-    if not size: raise ValueError(f"{input_path} is empty: there is nothing to encode.")
+    paths = list_paths(input_path)
+    size = sum(map(os.path.getsize, paths))
+    if not size: raise ValueError(f"{', '.join(paths)} is empty: there is nothing to encode.")
     sidecar.unlink(missing_ok=True)  # an old description must never stand beside new ids
     encoder = tokenizer.fast if pays(size) else None
-    where = input_path, output_path, dtype, corpus_name, progress
+    where = paths, output_path, dtype, corpus_name, progress
     if encoder and executor: corpus, tokens = encode_in_executor(tokenizer, executor, *where)
     elif encoder: corpus, tokens = encode_in_threads(encoder, threads, *where)
     else: corpus, tokens = encode_clear(tokenizer, *where)
-    check_separators(corpus, tokenizer, input_path)
+    check_separators(corpus, tokenizer, paths)
     maker = {name: getattr(tokenizer, name) for name in ("vocab_size", "sha256", "trained_on")}
     about = TokenFile(Path(output_path), dtype.name, tokens, corpus["bytes"], corpus["documents"], corpus, maker)
     write_sidecar(about)

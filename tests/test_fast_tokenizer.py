@@ -570,12 +570,44 @@ def test_an_executor_tells_faults(tmp_path, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize("way", ["clear", "threads", "processes"])
+def test_several_files_one_behind_the_other(tmp_path, monkeypatch, small_blocks, way):
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 3_000)
+    if way == "clear": monkeypatch.setattr(dataset, "pays", lambda size: False)
+    texts = [TALES[:5_001], "", TALES[5_001:5_003], TALES[5_003:] + END, "an end" + END]
+    paths = [tmp_path / f"{i}.txt" for i in range(len(texts))]
+    for path, text in zip(paths, texts): path.write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "all.txt").write_text("".join(texts), encoding="utf-8", newline="")
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        about = encode_file(fresh(plain), paths, tmp_path / "a.npy", num_threads=2, executor=pool if way == "processes" else None)
+    alone = [id for text in texts for id in clear(plain, text)]
+    assert open_tokens(tmp_path / "a.npy").tolist() == alone != clear(plain, "".join(texts))
+    assert about.corpus == describe_file(tmp_path / "all.txt", "0.txt and 4 more") and about.documents == about.corpus["documents"]
+    paths[3].write_bytes(b"good " * 2_000 + b"\xff")
+    with pytest.raises(ValueError, match="3.txt is not UTF-8: invalid start byte at byte 10,000;"):
+        encode_file(fresh(plain), paths, tmp_path / "a.npy", num_threads=2)
+    with pytest.raises(ValueError, match="no file is given"): encode_file(plain, [], tmp_path / "b.npy")
+
+
+@pytest.mark.parametrize("size", [64, 65, 66, 67, 100])
+def test_the_reason_of_a_fault_is_the_clear_ones_wherever_blocks_end(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(chapter, "BLOCK_BYTES", size)
+    for place in range(40, 80):
+        (tmp_path / "bad.txt").write_bytes(b"word " * 40)
+        with open(tmp_path / "bad.txt", "r+b") as file: file.seek(place); file.write("日".encode()[:2])
+        with pytest.raises(ValueError) as expected: encode_clear(plain, [str(tmp_path / "bad.txt")], tmp_path / "a.npy", np.dtype("u2"), None, False)
+        monkeypatch.setattr(dataset, "pays", lambda size: True)
+        with pytest.raises(ValueError) as found: encode_file(fresh(plain), tmp_path / "bad.txt", tmp_path / "a.npy")
+        assert str(found.value) == str(expected.value)
+
+
 def test_an_executor_is_not_asked_too_far_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SHARD_BYTES", 1_000)
     monkeypatch.setattr(dataset, "SHARDS_AHEAD", 4)
     (tmp_path / "a.txt").write_bytes(TALES.encode())
     executor, asked = Immediate(), []
-    for ids in dataset.encode_shards(plain, executor, str(tmp_path / "a.txt"), len(TALES.encode()), np.dtype("u2"), False):
+    bar = dataset.byte_bar(0, False)
+    for ids in dataset.encode_shards(plain, executor, [str(tmp_path / "a.txt")], np.dtype("u2"), bar):
         asked.append(len(executor.futures))
     assert asked[:3] == [4, 5, 6] and len(asked) == len(executor.futures) > 10
 
