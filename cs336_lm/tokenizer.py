@@ -36,13 +36,12 @@ __all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_
            'read_specials', 'load_tokenizer', 'put_ids', 'copy_16', 'highest_bit', 'part_of', 'store_code', 'pair_row',
            'pair_group', 'find_rank', 'place_group', 'place_pairs', 'pair_table', 'pair_group_of', 'MergeTables',
            'merge_tables', 'start_word', 'least_offer', 'merge_step', 'merge_short', 'heap_push', 'heap_pop', 'gather',
-           'push_pair', 'merge_long', 'keep_word', 'same_word', 'ask_for_rows', 'list_missing', 'list_new',
-           'start_lane', 'keep_lane', 'merge_new', 'find_special', 'encode_rare', 'encode_pieces', 'lay_out',
-           'encode_laid_out', 'encode_16', 'encode_32', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder',
-           'telling', 'load_encoder', 'warm_up', 'make_fast', 'TokenTable', 'token_table', 'decode_some',
-           'decode_array', 'id_array', 'in_order', 'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView',
-           'mergeable_ranks', 'check_all_bytes', 'need', 'tiktoken_encoding', 'huggingface_vocab',
-           'huggingface_tokenizer']
+           'push_pair', 'merge_long', 'same_word', 'swap_rows', 'keep_word', 'ask_for_rows', 'find_special',
+           'encode_new', 'keep_ids', 'encode_missing', 'encode_pieces', 'lay_out', 'encode_laid_out', 'encode_16',
+           'encode_32', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder', 'telling', 'load_encoder', 'warm_up',
+           'make_fast', 'TokenTable', 'token_table', 'decode_some', 'decode_array', 'id_array', 'in_order',
+           'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView', 'mergeable_ranks', 'check_all_bytes',
+           'need', 'tiktoken_encoding', 'huggingface_vocab', 'huggingface_tokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #1fe35062
 def merge_in_order(pretoken: bytes, merges: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
@@ -650,13 +649,13 @@ NO_RANK = 1 << 24  # for pairs that no merge joins; ranks are smaller
 def pair_row(hashed, shift, rows):
     "The row of a hash in the group with this shift."
     step = hashed >> np.uint64(30) | np.uint64(1)
-    return np.int64((hashed >> np.uint64(8)) + np.uint64(shift) * step & np.uint64(rows - 1))
+    return (hashed >> np.uint64(8)) + np.uint64(shift) * step & np.uint64(rows - 1)
 
 
 @compiled
 def pair_group(hashed, groups):
     "The group of a hash."
-    return np.int64(hashed >> np.uint64(40)) & (groups - 1)
+    return hashed >> np.uint64(40) & np.uint64(groups - 1)
 
 
 @compiled
@@ -700,7 +699,7 @@ def place_pairs(pairs, shifts, keys, ranks, order, ends):
 def pair_table(ranks: Mapping[tuple[int, int], int]) -> tuple[np.ndarray, np.ndarray]:
     "Pairs of ids with their ranks as the two arrays that `find_rank` wants."
     keys = np.array([left << 20 | right for left, right in ranks], np.uint64)
-    bits = max(10, (2 * len(keys) - 1).bit_length())
+    bits = max(10, (5 * len(keys) // 4).bit_length())
     with np.errstate(over="ignore"): groups = pair_group_of(keys, 1 << bits - 2)
     order, ends = np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups, minlength=1 << bits - 2))
     for more in range(10):  # the first has been enough for every vocabulary so far
@@ -720,6 +719,7 @@ class MergeTables(NamedTuple):
     pairs: np.ndarray  # ids and rank of each merge
     shifts: np.ndarray
     products: np.ndarray  # (merges,) the id that each merge makes
+    first_product: np.ndarray  # (1,) the id that merge 0 makes if each makes the one after the last; else -1
     special_ids: np.ndarray  # in the order of chapter 3's scan tables
 
 
@@ -732,7 +732,9 @@ def merge_tables(tokenizer: ByteLevelBPE) -> MergeTables:
     products = np.array([ids[left + right] for left, right in tokenizer.merges], np.int32)
     specials = sorted((token.encode() for token in tokenizer.special_tokens), key=len, reverse=True)
     special_ids = np.array([ids[token] for token in specials], np.int32)
-    return MergeTables(np.array(byte_ids, np.int32), first, *pair_table(ranks), products, special_ids)
+    one_by_one = len(products) > 0 and np.array_equal(products, products[0] + np.arange(len(products)))
+    first_product = np.array([products[0] if one_by_one else -1], np.int32)
+    return MergeTables(np.array(byte_ids, np.int32), first, *pair_table(ranks), products, first_product, special_ids)
 
 # %% ../nbs/05_tokenizer.ipynb #1446a457
 SHORT_WORD = 60  # bytes: a place for each, and one at each end, in 64 bits
@@ -740,52 +742,52 @@ NO_OFFER = NO_RANK << 6
 
 
 @compiled
-def start_word(text, begin, width, tables, state):
-    "Lay a word out as single bytes: offers in state[place, 0], ids in state[place, 1]."
-    for k in range(15):  # of fixed length, as most words are shorter: no guess
+def start_word(text, begin, width, tables, offers, ids):
+    "Lay a word out as single bytes: offers and ids by place."
+    offers[0], ids[0] = NO_OFFER, NO_ID
+    for k in range(max(15, width)):  # 15 at least, as most words are shorter: no guess
         a, b = np.int64(text[begin + k]), np.int64(text[begin + k + 1])
-        state[k + 1, 0] = np.int64(tables.first[a << 8 | b]) << 6 | k + 1 if k + 1 < width else NO_OFFER
-        state[k + 1, 1] = tables.byte_ids[a]
-    for k in range(15, width):
-        a, b = np.int64(text[begin + k]), np.int64(text[begin + k + 1])
-        state[k + 1, 0] = np.int64(tables.first[a << 8 | b]) << 6 | k + 1 if k + 1 < width else NO_OFFER
-        state[k + 1, 1] = tables.byte_ids[a]
-    state[0, 1] = state[width + 1, 1] = NO_ID
+        offers[k + 1] = np.int64(tables.first[a << 8 | b]) << 6 | k + 1 if k + 1 < width else NO_OFFER
+        ids[k + 1] = tables.byte_ids[a]
+    ids[width + 1] = NO_ID
 
 
 @compiled
-def least_offer(state, width):
+def least_offer(offers, width):
     "The least of the offers."
-    a = min(min(state[1, 0], state[2, 0]), min(state[3, 0], state[4, 0]))
-    b = min(min(state[5, 0], state[6, 0]), min(state[7, 0], state[8, 0]))
-    c = min(min(state[9, 0], state[10, 0]), min(state[11, 0], state[12, 0]))
-    best = min(min(min(a, b), min(c, state[13, 0])), min(state[14, 0], state[15, 0]))
-    for k in range(16, width + 1): best = min(best, state[k, 0])
+    a = min(min(offers[0], offers[1]), min(offers[2], offers[3]))
+    b = min(min(offers[4], offers[5]), min(offers[6], offers[7]))
+    c = min(min(offers[8], offers[9]), min(offers[10], offers[11]))
+    d = min(min(offers[12], offers[13]), min(offers[14], offers[15]))
+    best = min(min(a, b), min(c, d))
+    for k in range(16, width + 1): best = min(best, offers[k])
     return best
 
 # %% ../nbs/05_tokenizer.ipynb #59798953
 @compiled
-def merge_step(state, alive, width, tables):
+def merge_step(offers, ids, alive, width, tables):
     "Join the pair of the least offer: which places are alive then, and whether there was one."
-    best = least_offer(state, width)
+    best = least_offer(offers, width)
     if best >= NO_OFFER: return alive, False
-    at, made, one = best & 63, tables.products[best >> 6], np.uint64(1)
-    above, below = alive & ~one << np.uint64(at), alive & (one << np.uint64(at)) - one
-    gone, before = pretokenization.lowest_bit(above), highest_bit(below)
+    at, one = np.uint64(best) & np.uint64(63), np.uint64(1)
+    rank, made = np.uint64(best) >> np.uint64(6), np.int64(tables.first_product[0])
+    made = made + np.int64(rank) if made >= 0 else np.int64(tables.products[rank])
+    above, below = alive & ~one << at, alive & (one << at) - one
+    gone, before = np.uint64(pretokenization.lowest_bit(above)), np.uint64(highest_bit(below))
     above &= above - one
-    after = pretokenization.lowest_bit(above)
-    state[at, 1], state[gone, 0] = made, NO_OFFER
-    state[at, 0] = find_rank(tables.pairs, tables.shifts, made, state[after, 1]) << 6 | at
-    state[before, 0] = find_rank(tables.pairs, tables.shifts, state[before, 1], made) << 6 | before
-    return alive & ~(one << np.uint64(gone)), True
+    after = np.uint64(pretokenization.lowest_bit(above))
+    ids[at], offers[gone] = made, NO_OFFER
+    offers[at] = find_rank(tables.pairs, tables.shifts, made, ids[after]) << 6 | np.int64(at)
+    offers[before] = find_rank(tables.pairs, tables.shifts, ids[before], made) << 6 | np.int64(before)
+    return alive & ~(one << gone), True
 
 
 @compiled
-def merge_short(text, begin, width, tables, state):
-    "Merge a word of 1 to SHORT_WORD bytes; the mask of the places where parts begin, whose ids are in state[place, 1]."
-    start_word(text, begin, width, tables, state)
+def merge_short(text, begin, width, tables, offers, ids):
+    "Merge a word of 1 to SHORT_WORD bytes; the mask of the places where parts begin, whose ids are in ids[place]."
+    start_word(text, begin, width, tables, offers, ids)
     alive, found = (np.uint64(1) << np.uint64(width + 2)) - np.uint64(1), True
-    while found: alive, found = merge_step(state, alive, width, tables)
+    while found: alive, found = merge_step(offers, ids, alive, width, tables)
     return alive & (np.uint64(1) << np.uint64(width + 1)) - np.uint64(2)
 
 # %% ../nbs/05_tokenizer.ipynb #74baec7e
@@ -852,24 +854,30 @@ def merge_long(text, begin, width, tables):
 
 # %% ../nbs/05_tokenizer.ipynb #785eaecc
 CACHE_ROWS = 1 << 20  # 32 MB a thread
-KEY_MASKS = np.zeros((17, 3), np.uint64)  # for each width: the bits of the low, of the high key number; the width
+KEY_MASKS = np.zeros((17, 4), np.uint64)  # for each width: the bits of the low, of the high key number; the width
 for _width in range(16):
-    KEY_MASKS[_width] = (1 << 8 * min(_width, 8)) - 1, (1 << 8 * max(_width - 8, 0)) - 1, _width << 56
+    KEY_MASKS[_width, :3] = (1 << 8 * min(_width, 8)) - 1, (1 << 8 * max(_width - 8, 0)) - 1, _width << 56
 KEY_MASKS[16, 2] = 0xFFFFFFFFFFFFFFFF  # of longer words: no row has such a key
 
 
 @compiled
-def keep_word(cache, row, low, high, count, first_ids, more_ids):
-    "Put a word of `count` ids into its row, and what stood there into the other one."
-    for k in range(4): cache[row ^ 1, k] = cache[row, k]
-    cache[row, 0], cache[row, 1] = low, high | np.uint64(count) << np.uint64(60)
-    cache[row, 2], cache[row, 3] = first_ids, more_ids
+def same_word(cache, at, low, high):
+    "Whether the row at `at` holds this word. The count of ids, above bit 60, is not compared."
+    return cache[at] ^ low | (cache[at + np.uint64(1)] ^ high) << np.uint64(4) == np.uint64(0)
 
 
 @compiled
-def same_word(cache, row, low, high):
-    "Whether the row holds this word. The count of ids, above bit 60, is not compared."
-    return cache[row, 0] ^ low | (cache[row, 1] ^ high) << np.uint64(4) == np.uint64(0)
+def swap_rows(cache, at, other):
+    "Let two rows change places."
+    for k in range(np.uint64(4)): cache[at + k], cache[other + k] = cache[other + k], cache[at + k]
+
+
+@compiled
+def keep_word(cache, at, low, high, count, ids, more):
+    "Put a word of `count` ids into its row at `at`; the word that stood there, if any, into the other row."
+    if cache[at + np.uint64(1)] != np.uint64(0): swap_rows(cache, at, at ^ np.uint64(4))
+    cache[at], cache[at + np.uint64(1)] = low, high | np.uint64(count) << np.uint64(60)
+    cache[at + np.uint64(2)], cache[at + np.uint64(3)] = ids, more
 
 # %% ../nbs/05_tokenizer.ipynb #3ea54668
 AHEAD = 256
@@ -877,89 +885,21 @@ AHEAD = 256
 
 @compiled
 def ask_for_rows(words, starts, first, count, masks, cache, batch):
-    "Key and row of the pieces first..first + count - 1 to `batch`; have the rows fetched. Special tokens have no key."
+    "Keys of the pieces first..first + count - 1, and where their rows begin, to `batch`; have the rows fetched."
+    shift = np.uint64(64) - pretokenization.count_bits(np.uint64(len(cache) - 1))
+    begin = np.int64(starts[first])
     for k in range(count):  # unsigned: numba need not think of an index from the end
-        begin, end = np.int64(starts[first + k]), np.int64(starts[first + k + np.uint64(1)])
-        special = begin >> 63  # -1 for a special token, whose start is ~begin
-        begin, end = begin ^ special, end ^ end >> 63
-        width = np.uint64(min(end - begin, 16))
-        low = pretokenization.eight_bytes(words, begin) & masks[width, 0]
-        high = pretokenization.eight_bytes(words, begin + 8) & masks[width, 1] | masks[width, 2] | np.uint64(special)
+        end, special = np.int64(starts[first + k + np.uint64(1)]), begin >> 63  # -1 for a special token: ~begin
+        at = begin ^ special
+        width = np.uint64(4) * np.uint64(min((end ^ end >> 63) - at, 16))
+        low = pretokenization.eight_bytes(words, at) & masks[width]
+        high = pretokenization.eight_bytes(words, at + 8) & masks[width + np.uint64(1)] | masks[width + np.uint64(2)]
+        high |= np.uint64(special)  # special tokens have no key
         mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)
-        row = (mixed ^ mixed >> np.uint64(32)) & np.uint64(len(cache) - 1)
+        row = mixed >> shift & ~np.uint64(3)  # a row is four numbers
         pretokenization.prefetch(cache, np.int64(row))
-        batch[k, 0], batch[k, 1], batch[k, 2] = low, high, row
-
-# %% ../nbs/05_tokenizer.ipynb #a1f33cf5
-@compiled
-def list_missing(batch, count, cache, missing):
-    "The pieces that their rows do not hold to `missing`; how many."
-    found = np.uint64(0)
-    for k in range(count):
-        row, missing[found] = batch[k, 2], k
-        found += np.uint64(0) if same_word(cache, row, batch[k, 0], batch[k, 1]) else np.uint64(1)
-    return found
-
-
-@compiled
-def list_new(batch, missing, found, cache):
-    "Those of `missing` that are to be merged, to its beginning; how many. What stands in its other row changes places."
-    new = 0
-    for n in range(found):
-        k = np.uint64(missing[n])
-        low, high, row = batch[k, 0], batch[k, 1], np.int64(batch[k, 2])
-        if same_word(cache, row ^ 1, low, high):
-            ids, more, count = cache[row ^ 1, 2], cache[row ^ 1, 3], cache[row ^ 1, 1] >> np.uint64(60)
-            keep_word(cache, row, low, high, count, ids, more)
-        elif high != np.uint64(0xFFFFFFFFFFFFFFFF):
-            missing[new] = k
-            new += 1
-    return new
-
-# %% ../nbs/05_tokenizer.ipynb #9bd72499
-@compiled
-def start_lane(text, starts, first, k, batch, tables, state):
-    "Lay the word of piece first + k out: its width, and which places are alive."
-    width = np.int64(batch[k, 1] >> np.uint64(56))
-    start_word(text, np.int64(starts[first + np.uint64(k)]), width, tables, state)
-    return width, (np.uint64(1) << np.uint64(width + 2)) - np.uint64(1)
-
-
-@compiled
-def keep_lane(state, alive, width, k, batch, cache, bits):
-    "Put the merged word of piece k into the cache, if its ids of so many bits have room there."
-    alive &= (np.uint64(1) << np.uint64(width + 1)) - np.uint64(2)
-    ids, more, count, low, high, row = np.uint64(0), np.uint64(0), 0, batch[k, 0], batch[k, 1], np.int64(batch[k, 2])
-    while alive:
-        id = np.uint64(state[pretokenization.lowest_bit(alive), 1])
-        if bits * count < 64: ids |= id << np.uint64(bits * count)
-        elif bits * count < 128: more |= id << np.uint64(bits * count - 64)
-        count += 1
-        alive &= alive - np.uint64(1)
-    if bits * count <= 128 and not same_word(cache, row, low, high): keep_word(cache, row, low, high, count, ids, more)
-
-# %% ../nbs/05_tokenizer.ipynb #3551ed4b
-@compiled
-def merge_new(text, starts, first, new, count, batch, tables, states, cache, bits):
-    "Merge the `count` words that `new` lists, four at a time (the last one more often, if need be), and keep them."
-    a, b, c, d, last = states[0], states[1], states[2], states[3], count - 1
-    for n in range(0, count, 4):
-        i, j, k, m = new[n], new[min(n + 1, last)], new[min(n + 2, last)], new[min(n + 3, last)]
-        a_width, a_alive = start_lane(text, starts, first, i, batch, tables, a)
-        b_width, b_alive = start_lane(text, starts, first, j, batch, tables, b)
-        c_width, c_alive = start_lane(text, starts, first, k, batch, tables, c)
-        d_width, d_alive = start_lane(text, starts, first, m, batch, tables, d)
-        more = True
-        while more:
-            a_alive, a_more = merge_step(a, a_alive, 15, tables)
-            b_alive, b_more = merge_step(b, b_alive, 15, tables)
-            c_alive, c_more = merge_step(c, c_alive, 15, tables)
-            d_alive, d_more = merge_step(d, d_alive, 15, tables)
-            more = a_more or b_more or c_more or d_more
-        keep_lane(a, a_alive, a_width, i, batch, cache, bits)
-        keep_lane(b, b_alive, b_width, j, batch, cache, bits)
-        keep_lane(c, c_alive, c_width, k, batch, cache, bits)
-        keep_lane(d, d_alive, d_width, m, batch, cache, bits)
+        batch[k], batch[k + np.uint64(AHEAD)], batch[k + np.uint64(2 * AHEAD)] = low, high, row
+        begin = end
 
 # %% ../nbs/05_tokenizer.ipynb #164c7fcc
 @compiled
@@ -974,30 +914,54 @@ def find_special(text, begin, width, scan, special_ids):
 
 # %% ../nbs/05_tokenizer.ipynb #fd2f782c
 @compiled
-def encode_rare(text, begin, end, scan, tables, state, cache, row, low, high, out, n):
-    "Write the ids of a piece that its row does not hold; their number."
-    if same_word(cache, row ^ 1, low, high):
-        put_ids(out, n, cache[row ^ 1, 2], cache[row ^ 1, 3])
-        return np.int64(cache[row ^ 1, 1] >> np.uint64(60))
-    if end < 0: end = ~end
-    if begin < 0:
-        out[n] = find_special(text, ~begin, end - ~begin, scan, tables.special_ids)
-        return 1
+def encode_new(text, begin, end, tables, state, out, n):
+    "Merge a word that no row holds, and write its ids; their number."
     count = 0
     if end - begin > SHORT_WORD:
         parts, count = merge_long(text, begin, end - begin, tables)
         for k in range(count): out[n + k] = parts[k]
         return count
-    alive = merge_short(text, begin, end - begin, tables, state)
+    ids = state[64:]
+    alive = merge_short(text, begin, end - begin, tables, state[:64], ids)
     while alive:
-        out[n + count] = state[pretokenization.lowest_bit(alive), 1]
+        out[n + count] = ids[pretokenization.lowest_bit(alive)]
         alive &= alive - np.uint64(1)
         count += 1
     return count
 
-# %% ../nbs/05_tokenizer.ipynb #0907449e
+
 @compiled
-def encode_pieces(text, words, starts, pieces, scan, tables, masks, states, batch, missing, cache, out):
+def keep_ids(cache, at, low, high, out, n, count):
+    "Put a word whose ids were just written to `out` into its row, if they have room there."
+    bits = 8 * out.itemsize
+    if bits * count > 128: return
+    ids = more = np.uint64(0)
+    for k in range(count):
+        id = np.uint64(out[n + k])
+        if bits * k < 64: ids |= id << np.uint64(bits * k)
+        else: more |= id << np.uint64(bits * k - 64)
+    keep_word(cache, at, low, high, count, ids, more)
+
+
+@compiled
+def encode_missing(text, begin, end, scan, tables, state, cache, at, low, high, out, n):
+    "Write the ids of a piece that its row does not hold; their number."
+    other = at ^ np.uint64(4)
+    if same_word(cache, other, low, high):
+        swap_rows(cache, at, other)
+        put_ids(out, n, cache[at + np.uint64(2)], cache[at + np.uint64(3)])
+        return np.int64(cache[at + np.uint64(1)] >> np.uint64(60))
+    if end < 0: end = ~end
+    if begin < 0:
+        out[n] = find_special(text, ~begin, end - ~begin, scan, tables.special_ids)
+        return 1
+    count = encode_new(text, begin, end, tables, state, out, n)
+    if end - begin < 16: keep_ids(cache, at, low, high, out, n, count)
+    return count
+
+# %% ../nbs/05_tokenizer.ipynb #a309c2e1
+@compiled
+def encode_pieces(text, words, starts, pieces, scan, tables, masks, state, batch, cache, out):
     """Write the ids of the pieces that `find_starts` found in `text` (and `words`: the same bytes); their number.
 
     `scan` are chapter 3's tables of the special tokens. `out` has room for 8 ids more than the text has bytes."""
@@ -1005,16 +969,13 @@ def encode_pieces(text, words, starts, pieces, scan, tables, masks, states, batc
     while first < np.uint64(pieces):
         count = min(np.uint64(AHEAD), np.uint64(pieces) - first)
         ask_for_rows(words, starts, first, count, masks, cache, batch)
-        new = list_new(batch, missing, list_missing(batch, count, cache, missing), cache)
-        merge_new(text, starts, first, missing, new, batch, tables, states, cache, 8 * out.itemsize)
         for k in range(count):
-            low, high, row = batch[k, 0], batch[k, 1], batch[k, 2]
-            if same_word(cache, row, low, high):
-                head, ids, more = cache[row, 1], cache[row, 2], cache[row, 3]
-                put_ids(out, n, ids, more)
-                n += np.int64(head >> np.uint64(60))
-            else: n += encode_rare(text, np.int64(starts[first + k]), np.int64(starts[first + k + one]), scan, tables,
-                                   states[0], cache, np.int64(row), low, high, out, n)
+            low, high, at = batch[k], batch[k + np.uint64(AHEAD)], batch[k + np.uint64(2 * AHEAD)]
+            if same_word(cache, at, low, high):
+                put_ids(out, n, cache[at + np.uint64(2)], cache[at + np.uint64(3)])
+                n += np.int64(cache[at + one] >> np.uint64(60))
+            else: n += encode_missing(text, np.int64(starts[first + k]), np.int64(starts[first + k + one]), scan,
+                                      tables, state, cache, at, low, high, out, n)
         first += count
     return n
 
@@ -1041,15 +1002,15 @@ def encode_laid_out(shared, own, size, out):
     scan = (part_of(shared, 0, np.uint8), part_of(shared, 1, np.uint8), part_of(shared, 2, np.uint8),
             part_of(shared, 3, np.uint8), part_of(shared, 4, np.int64), part_of(shared, 5, np.uint8))
     tables = MergeTables(part_of(shared, 6, np.int32), part_of(shared, 7, np.int32), part_of(shared, 8, np.uint64),
-                         part_of(shared, 9, np.uint16), part_of(shared, 10, np.int32), part_of(shared, 11, np.int32))
+                         part_of(shared, 9, np.uint16), part_of(shared, 10, np.int32), part_of(shared, 11, np.int32),
+                         part_of(shared, 12, np.int32))
     words, starts = part_of(own, 0, np.uint64), part_of(own, 1, np.int32)
     text = words.view(np.uint8)
     pieces = pretokenization.find_starts(text, size, scan, starts)
     if pieces < 0: return pieces
-    masks, states = part_of(shared, 12, np.uint64).reshape(17, 3), part_of(own, 2, np.int64).reshape(4, 64, 2)
-    batch, cache = part_of(own, 3, np.uint64).reshape(AHEAD, 3), part_of(own, 4, np.uint64).reshape(-1, 4)
-    missing = part_of(own, 6, np.int64)
-    return encode_pieces(text, words, starts, pieces, scan, tables, masks, states, batch, missing, cache, out)
+    masks, state = part_of(shared, 13, np.uint64), part_of(own, 2, np.int32)
+    batch, cache = part_of(own, 3, np.uint64), part_of(own, 4, np.uint64)
+    return encode_pieces(text, words, starts, pieces, scan, tables, masks, state, batch, cache, out)
 
 
 @compiled
@@ -1078,9 +1039,8 @@ class Bench:
     def make_room(self, size: int) -> None:
         "Room for a text of `size` bytes; what was there, and the word cache, is lost."
         self.size, self.room = size, None  # the old buffers go before the new ones come
-        self.room = lay_out([(size // 8 + 9, np.uint64), (size + 66, np.int32), np.full(512, NO_OFFER, np.int64),
-                             (3 * AHEAD, np.uint64), (4 * self.rows, np.uint64), (size + 8, self.dtype),
-                             (AHEAD + 1, np.int64)])
+        self.room = lay_out([(size // 8 + 9, np.uint64), (size + 66, np.int32), np.full(128, NO_OFFER, np.int32),
+                             (3 * AHEAD, np.uint64), (4 * self.rows, np.uint64), (size + 8, self.dtype)])
         view = STORE_TWINS["part_of"]  # Python makes its own views, also where that is compiled
         self.text, self.starts = view(self.room, 0, np.uint64).view(np.uint8), view(self.room, 1, np.int32)
         self.out = view(self.room, 5, self.dtype)

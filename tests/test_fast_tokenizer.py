@@ -179,7 +179,7 @@ def compiled_stores(loaded):
 
 
 COMPILED = []
-STATE = np.full((64, 2), chapter.NO_OFFER, np.int64)
+STATE = np.full((2, 64), chapter.NO_OFFER, np.int32)
 
 
 @settings(deadline=None, max_examples=40)
@@ -190,8 +190,8 @@ def test_merges_in_any_order(order, word):
     tokens = dict.fromkeys([*(bytes([byte]) for byte in range(256)), *(t for a, b in merges for t in (a, b, a + b))])
     tokenizer = Tokenizer(dict(enumerate(tokens)), [*merges, merges[0]])  # one twice: the first counts
     tables, data = chapter.merge_tables(tokenizer), np.frombuffer(word.encode() + bytes(64), np.uint8)
-    alive = int(chapter.merge_short(data, 0, len(word), tables, STATE))
-    short = [STATE[place, 1] for place in range(64) if alive >> place & 1]
+    alive = int(chapter.merge_short(data, 0, len(word), tables, *STATE))
+    short = [STATE[1, place] for place in range(64) if alive >> place & 1]
     parts, long_count = chapter.merge_long(data, 0, len(word), tables)
     expected = [tokenizer.token_to_id(token) for token in merge_by_rank(word.encode(), tokenizer._ranks)]
     assert short == parts[:long_count].tolist() == expected

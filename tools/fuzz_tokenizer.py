@@ -28,8 +28,8 @@ MUTATIONS = {
     "tie": ("bpe", "return order > 0", "return order < 0"),
     "surrogate": ("pretokenization", "if code < least or 0xD800 <= code < 0xE000 or", "if code < least or"),
     "rank": ("tokenizer", "for k in range(16, width + 1): best", "for k in range(17, width + 1): best"),
-    "cache": ("tokenizer", "return cache[row, 0] ^ low | (cache[row, 1] ^ high) << np.uint64(4) == np.uint64(0)",
-              "return cache[row, 0] == low"),
+    "cache": ("tokenizer", "return cache[at] ^ low | (cache[at + np.uint64(1)] ^ high) << np.uint64(4) == np.uint64(0)",
+              "return cache[at] == low"),
     "decode": ("tokenizer", "if id >= known: return ~place, n", "if id > known: return ~place, n"),
 }
 
