@@ -530,12 +530,12 @@ def experiment_status(data: DataChoice = "web", figures: Path = Path("figures"))
         data: web (web-488MB) or official (TinyStories)
         figures: the folder that holds the records
     """
-    from cs336_lm.grids import GRIDS, grid_logs
-    logs = {g.cell.name: g for g in grid_logs(figures / _CORPORA[data][1])}
+    from cs336_lm.grids import BUDGETS, GRIDS, grid_logs
+    logs = {g.cell.name: g for budget in BUDGETS for g in grid_logs(figures / _CORPORA[data][1], budget)}
     for name, grid in GRIDS.items():
         found = [logs[run] for run in grid.runs if run in logs]
         diverged = sum(g.diverged for g in found)
-        print(f"{name:15s} {len(found):3d} of {len(grid.runs)} recorded, {diverged} of them diverged")
+        print(f"{name:16s} {len(found):3d} of {len(grid.runs)} recorded, {diverged} of them diverged")
 
 # %% ../nbs/19_command_line.ipynb #b6ee00e9
 @command("experiment run", "Train runs or grids of the catalogue and record them; what is recorded is skipped.",

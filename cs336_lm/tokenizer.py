@@ -1068,7 +1068,9 @@ def block_ids(bench: Bench, data: bytes) -> Iterator[np.ndarray]:
         bench.text[:size] = view[done:done + size]
         if done + size < len(data): cut = pretokenization.last_safe_cut(bench.text, size, bench.scan)
         if cut:
-            yield bench.ids(cut)
+            try: ids = bench.ids(cut)
+            except UnicodeDecodeError: raise_not_utf8(data)  # which names the place in all of the text
+            yield ids
             done += cut
         else: bench.make_room(2 * bench.size)  # not a single safe place: one long word
 

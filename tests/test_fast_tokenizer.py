@@ -589,6 +589,12 @@ def test_several_files_one_behind_the_other(tmp_path, monkeypatch, small_blocks,
     with pytest.raises(ValueError, match="no file is given"): encode_file(plain, [], tmp_path / "b.npy")
 
 
+def test_a_fault_far_in_a_text_is_named_by_its_place():
+    data = b"good " * 400_000 + b"\xff" + b" good" * 9
+    with pytest.raises(UnicodeDecodeError) as caught: fresh(plain).encode_array(data)
+    assert (caught.value.start, caught.value.reason) == (2_000_000, "invalid start byte")
+
+
 @pytest.mark.parametrize("size", [64, 65, 66, 67, 100])
 def test_the_reason_of_a_fault_is_the_clear_ones_wherever_blocks_end(tmp_path, monkeypatch, size):
     monkeypatch.setattr(chapter, "BLOCK_BYTES", size)
