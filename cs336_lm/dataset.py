@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .corpora import END_OF_TEXT, describe_file, read_documents, write_aside
 from . import pretokenization
-from .pretokenization import Paths, list_paths, read_text, safe_shards
+from .pretokenization import Part, Paths, list_paths, read_text, safe_shards, whole_files
 from .tokenizer import Bench, FastEncoder, Tokenizer, in_order, pays, read_json, thread_count
 
 if TYPE_CHECKING: import torch
@@ -30,12 +30,12 @@ if TYPE_CHECKING: import torch
 __all__ = ['SHARD_BYTES', 'SHARDS_AHEAD', 'IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile',
            'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'byte_bar', 'with_bar',
            'DocumentCounter', 'describe_files', 'name_of', 'text_description', 'BlockReader', 'read_block',
-           'read_exactly', 'check_unchanged', 'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads',
-           'encode_whole', 'unpack_tokenizer', 'encode_shard', 'list_shards', 'encode_shards', 'encode_in_executor',
-           'encode_file', 'map_npy', 'read_token_file', 'open_tokens', 'get_batch', 'check_sizes', 'to_tensors',
-           'document_starts', 'pad_rows', 'get_document_batch', 'document_piece', 'stream_pieces', 'document_pieces',
-           'padded_batches', 'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample',
-           'sample_documents', 'bytes_per_token']
+           'check_unchanged', 'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads', 'encode_whole',
+           'unpack_tokenizer', 'encode_shard', 'encode_shards', 'encode_in_executor', 'encode_file', 'map_npy',
+           'read_token_file', 'open_tokens', 'get_batch', 'check_sizes', 'to_tensors', 'document_starts', 'pad_rows',
+           'get_document_batch', 'document_piece', 'stream_pieces', 'document_pieces', 'padded_batches',
+           'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample', 'sample_documents',
+           'bytes_per_token']
 
 # %% ../nbs/06_dataset.ipynb #f4877560
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -165,22 +165,18 @@ def text_description(name: str, size: int, counter: DocumentCounter, digest) -> 
 class BlockReader:
     """Reads a UTF-8 file block by block, each into the bench (chapter 5) of the thread that asks.
 
-    `part` is a range of the file and the size that the whole file must have; a part is not described. `counter` and
-    `digest` go on from the files before it."""
+    `part` is a range of the file, or all of it. A `counter` and a `digest` are told all that is read."""
 
-    def __init__(self, path: str | os.PathLike, part: tuple[int, int, int] | None = None,
-                 counter: DocumentCounter | None = None, digest=None):
-        self.path, self.lock, self.file = path, threading.Lock(), open(path, "rb", buffering=0)
-        size = os.fstat(self.file.fileno()).st_size
-        (self.at, self.end, self.size), self.whole, self.blocks = part or (0, size, size), part is None, 0
-        self.digest, self.counter = digest or hashlib.sha256(), counter or DocumentCounter()
+    def __init__(self, part: Part, counter: DocumentCounter | None = None, digest=None):
+        self.part, self.lock, self.file = part, threading.Lock(), open(part.path, "rb", buffering=0)
+        self.at, self.blocks, self.digest, self.counter = part.begin, 0, digest, counter
 
     def next_block(self, bench: Bench) -> tuple[int, int, int]:
         "Number, place in the file and size of the next block, which is then in `bench.text`; size 0 after the last."
         with self.lock:
             number, at, cut = self.blocks, self.at, 0
-            while not cut and at < self.end: cut = read_block(self, bench)
-            if self.whole:
+            while not cut and at < self.part.end: cut = read_block(self, bench)
+            if self.counter:
                 self.digest.update(bench.bytes[:cut])
                 self.counter.add(bench.text[:cut].tobytes())
             self.blocks, self.at = number + 1, at + cut
@@ -189,9 +185,9 @@ class BlockReader:
 # %% ../nbs/06_dataset.ipynb #5391cfb4
 def read_block(reader: BlockReader, bench: Bench) -> int:
     "Read as much as the bench holds; where it must be cut. 0 if there is no safe place: then the bench has grown."
-    size = min(bench.size, reader.end - reader.at)
-    read_exactly(reader, bench.bytes[:size])
-    if reader.at + size == reader.end: return size
+    size = min(bench.size, reader.part.end - reader.at)
+    check_unchanged(reader, shorter=pretokenization.read_at(reader.file, bench.bytes[:size], reader.at) < size)
+    if reader.at + size == reader.part.end: return size
     if cut := pretokenization.last_safe_cut(bench.text, size, bench.scan): return cut
     found = pretokenization.find_starts(bench.text, size, bench.scan, bench.starts)
     if found < 0 and ~found < size - 4: raise_not_utf8(reader, reader.at, bench.text[:size].tobytes())
@@ -199,16 +195,9 @@ def read_block(reader: BlockReader, bench: Bench) -> int:
     return 0
 
 
-def read_exactly(reader: BlockReader, view: memoryview) -> None:
-    "Fill `view` from where the reader is. `OSError` if the file has become shorter."
-    check_unchanged(reader, shorter=pretokenization.read_at(reader.file, view, reader.at) < len(view))
-
-
 def check_unchanged(reader: BlockReader, shorter: bool = False) -> None:
     "`OSError` if the file's size is not what it was at the start."
-    now = os.fstat(reader.file.fileno()).st_size
-    if shorter or now != reader.size:
-        raise OSError(f"{reader.path} changed while it was read: it had {reader.size:,} bytes, now {now:,}.")
+    pretokenization.check_size(reader.part, os.fstat(reader.file.fileno()).st_size, shorter)
 
 # %% ../nbs/06_dataset.ipynb #08023ee1
 def raise_not_utf8(reader: BlockReader, at: int, block: bytes) -> NoReturn:
@@ -217,7 +206,7 @@ def raise_not_utf8(reader: BlockReader, at: int, block: bytes) -> NoReturn:
     except UnicodeDecodeError as error:
         place = at + error.start
         reason = pretokenization.utf8_reason(reader.file, place)  # the block may end behind the fault
-        raise ValueError(f"{reader.path} is not UTF-8: {reason} at byte {place:,}; "
+        raise ValueError(f"{reader.part.path} is not UTF-8: {reason} at byte {place:,}; "
                          "convert the file to UTF-8 or remove those bytes") from None
     raise AssertionError("the compiled scanner refuses a text that Python decodes")
 
@@ -257,11 +246,11 @@ def encode_in_threads(encoder: FastEncoder, num_threads: int, paths: Sequence[st
                       dtype: np.dtype, corpus_name: str | None, progress: bool) -> tuple[dict, int]:
     "What `encode_clear` does, by compiled code. `OSError` if a file changes its size meanwhile."
     encoder.share(num_threads)
-    digest, counter, total = hashlib.sha256(), DocumentCounter(), sum(map(os.path.getsize, paths))
+    digest, counter, parts = hashlib.sha256(), DocumentCounter(), whole_files(paths)
+    total = sum(part.size for part in parts)
     with byte_bar(total, progress) as bar:
-        files = (encode_whole(encoder, BlockReader(path, None, counter, digest), dtype, num_threads, bar) for path in paths)
+        files = (encode_whole(encoder, BlockReader(part, counter, digest), dtype, num_threads, bar) for part in parts)
         with closing(ids := (array for arrays in files for array in arrays)): tokens = write_npy(output_path, dtype, ids)
-    if sum(map(os.path.getsize, paths)) != total: raise OSError(f"{', '.join(paths)} changed while it was read.")
     return text_description(corpus_name or name_of(paths), total, counter, digest), tokens
 
 
@@ -281,31 +270,24 @@ def unpack_tokenizer(packed: bytes) -> Tokenizer:
     return tokenizer
 
 
-def encode_shard(packed: bytes, path: str, part: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
-    "What a worker does: the ids of a file's part (begin, end, size of the whole file)."
-    encoder, reader = unpack_tokenizer(packed).fast, BlockReader(path, part)
+def encode_shard(packed: bytes, part: Part, dtype: np.dtype) -> np.ndarray:
+    "What a worker does: the ids of a part."
+    encoder, reader = unpack_tokenizer(packed).fast, BlockReader(part)
     with closing(reader.file):
         return np.concatenate([np.empty(0, dtype), *encode_blocks(encoder, reader, dtype, 1, byte_bar(0, False))])
 
 # %% ../nbs/06_dataset.ipynb #f7c9b4c5
-def list_shards(tokenizer: Tokenizer, paths: Sequence[str]) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    "Each file's parts, as `encode_shard` wants them."
-    for path in paths:
-        size = os.path.getsize(path)
-        for begin, end in safe_shards(path, tuple(tokenizer.special_tokens), SHARD_BYTES): yield path, (begin, end, size)
-
-
-def encode_shards(tokenizer: Tokenizer, executor: Executor, paths: Sequence[str], dtype: np.dtype,
+def encode_shards(tokenizer: Tokenizer, executor: Executor, parts: Sequence[Part], dtype: np.dtype,
                   bar: tqdm) -> Iterator[np.ndarray]:
-    "The ids of the files, shard by shard in order, by the workers of an executor; after an error no more is begun."
+    "The ids of the parts, shard by shard in order, by the workers of an executor; after an error no more is begun."
     packed, pending = pickle.dumps(tokenizer), deque()
     def oldest() -> np.ndarray:
         ids = pending[0][1].result()
         bar.update(pending.popleft()[0])
         return ids
     try:
-        for path, part in list_shards(tokenizer, paths):
-            pending.append((part[1] - part[0], executor.submit(encode_shard, packed, path, part, dtype)))
+        for shard in safe_shards(parts, tokenizer.special_tokens, SHARD_BYTES):
+            pending.append((shard.end - shard.begin, executor.submit(encode_shard, packed, shard, dtype)))
             if len(pending) >= SHARDS_AHEAD: yield oldest()
         while pending: yield oldest()
     finally:
@@ -315,11 +297,10 @@ def encode_shards(tokenizer: Tokenizer, executor: Executor, paths: Sequence[str]
 def encode_in_executor(tokenizer: Tokenizer, executor: Executor, paths: Sequence[str], output_path: str | os.PathLike,
                        dtype: np.dtype, corpus_name: str | None, progress: bool) -> tuple[dict, int]:
     "What `encode_clear` does, by the workers of an executor. `OSError` if a file changes its size meanwhile."
-    corpus = describe_files(paths, corpus_name)
-    if (now := sum(map(os.path.getsize, paths))) != corpus["bytes"]:
-        raise OSError(f"{', '.join(paths)} changed while it was read: it had {corpus['bytes']:,} bytes, now {now:,}.")
-    with byte_bar(now, progress) as bar:
-        work = encode_shards(tokenizer, executor, list(map(os.path.abspath, paths)), dtype, bar)
+    parts, corpus = whole_files(list(map(os.path.abspath, paths))), describe_files(paths, corpus_name)
+    for part in parts: pretokenization.check_size(part, os.path.getsize(part.path))
+    with byte_bar(corpus["bytes"], progress) as bar:
+        work = encode_shards(tokenizer, executor, parts, dtype, bar)
         with closing(work): return corpus, write_npy(output_path, dtype, work)
 
 # %% ../nbs/06_dataset.ipynb #1d103347

@@ -963,10 +963,9 @@ def cut_files(parts: Iterable[Part], tables: tuple, range_bytes: int) -> Iterato
         with open(part.path, "rb", buffering=0) as file: yield from safe_ranges(file, part, tables, range_bytes)
 
 
-def safe_shards(path: str | os.PathLike, special_tokens: tuple[str, ...],
-                shard_bytes: int) -> Iterator[tuple[int, int]]:
-    "Ranges (begin, end) of one file, about `shard_bytes` each, that begin and end at safe cuts."
-    for part in cut_files(whole_files(path), scan_tables(special_tokens), shard_bytes): yield part.begin, part.end
+def safe_shards(parts: Iterable[Part], special_tokens: Iterable[str], shard_bytes: int) -> Iterator[Part]:
+    "The parts in ranges of about `shard_bytes`, each of one file, that begin and end at safe cuts."
+    return cut_files(parts, scan_tables(tuple(special_tokens)), shard_bytes)
 
 # %% ../nbs/03_pretokenization.ipynb #8546f5bd
 class _Buffers:
@@ -1094,7 +1093,7 @@ def _count_in_executor(parts: list[Part], special_tokens: tuple[str, ...], execu
     take = lambda: (table.absorb(*pending[0][1].result()), bar.update(pending.popleft()[0]))
     with tqdm(total=size, unit="B", unit_scale=True, desc="count pre-tokens", disable=not progress) as bar:
         try:
-            for shard in cut_files(parts, scan_tables(special_tokens), shard_bytes):
+            for shard in safe_shards(parts, special_tokens, shard_bytes):
                 pending.append((shard.end - shard.begin, executor.submit(count_shard, shard, special_tokens)))
                 if len(pending) == MAX_PENDING: take()
             while pending: take()

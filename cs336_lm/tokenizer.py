@@ -1044,7 +1044,6 @@ class Bench:
         view = STORE_TWINS["part_of"]  # Python makes its own views, also where that is compiled
         self.text, self.starts = view(self.room, 0, np.uint64).view(np.uint8), view(self.room, 1, np.int32)
         self.out = view(self.room, 5, self.dtype)
-        self.room[::512] = self.room[::512]  # every page is touched once, here and not word by word
         self.bytes, self.short_ids = memoryview(self.text), memoryview(self.out)
 
     def ids(self, size: int) -> np.ndarray:
@@ -1069,7 +1068,8 @@ def block_ids(bench: Bench, data: bytes) -> Iterator[np.ndarray]:
         if done + size < len(data): cut = pretokenization.last_safe_cut(bench.text, size, bench.scan)
         if cut:
             try: ids = bench.ids(cut)
-            except UnicodeDecodeError: raise_not_utf8(data)  # which names the place in all of the text
+            except UnicodeDecodeError: ids = None
+            if ids is None: raise_not_utf8(data)  # which names the place in all of the text
             yield ids
             done += cut
         else: bench.make_room(2 * bench.size)  # not a single safe place: one long word

@@ -178,12 +178,12 @@ def test_shards_are_as_many_as_wanted(tmp_path):
     path = tmp_path / "text.txt"
     for text in ("many words, no token at all. " * 3000, "<|endoftext|>" * 5000, "一二三，四五六。" * 5000, "word\n" * 9000):
         path.write_text(text, encoding="utf-8")
-        shards = list(pre.safe_shards(path, ("<|endoftext|>",), 4096))
+        shards = [(part.begin, part.end) for part in pre.safe_shards(pre.whole_files(path), ["<|endoftext|>"], 4096)]
         assert len(shards) > path.stat().st_size // 4500
         assert [0, *(end for _, end in shards)] == [*(begin for begin, _ in shards), path.stat().st_size]
         assert max(end - begin for begin, end in shards) < 2 * 4096
     path.write_text("a" * 20_000)
-    assert list(pre.safe_shards(path, (), 512)) == [(0, 20_000)]
+    assert list(pre.safe_shards(pre.whole_files(path), [], 512)) == pre.whole_files(path)
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +398,7 @@ def test_a_text_that_cannot_be_cut_is_refused_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(pre, "LARGEST_CHUNK", 50_000)
     with pytest.raises(ValueError, match="text.txt has no place where it may be cut in 50,000 bytes from byte 1,000 on"):
         count_words(path, [], chunk_bytes=1000)
-    assert list(pre.safe_shards(path, (), 20_000)) == [(0, path.stat().st_size)]
+    assert list(pre.safe_shards(pre.whole_files(path), [], 20_000)) == pre.whole_files(path)
 
 
 def test_chunks_stay_small(tmp_path):
