@@ -852,23 +852,9 @@ def table_row(t: dict, ours: dict) -> str:
 
 
 def recorded(path: Path) -> tuple[dict, list[dict]]:
-    "A record and all of its entries, each with its origin; of the record's own where it has none."
+    "A record and all of its entries."
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    entries = [t for part in ("rows", "line_rows", "cold", "replay", "check") for t in record.get(part, [])]
-    if "line_rows" not in record: entries += points_as_rows(record.get("line", []))
-    common = {field: record[field] for field in ("machine", "text", "date", "commit") if field in record}
-    for t in entries:
-        code = record.get("code", {}).get("training" if trains(t) else "encoding") if t["name"] == "ours" else None
-        t.update(common | ({"code": code} if code else {}) | t)
-    return record, entries
-
-
-def points_as_rows(lines: list[dict]) -> list[dict]:
-    "The points of lines as entries: records once had no others of them."
-    return [{"task": "line", "of": line["of"], "name": "ours", "vocab": line["vocab"], "threads": line["threads"],
-             "size": f"{min(LINE_SIZES, key=lambda size: abs(size * 1e6 - bytes))}MB", "bytes": bytes, "runs": 1,
-             "seconds": seconds, "anonymous_bytes": anonymous}
-            for line in lines for bytes, seconds, anonymous in line["points"]]
+    return record, [t for part in ("rows", "line_rows", "cold", "replay", "check") for t in record.get(part, [])]
 
 
 def merge_entries(old: list[dict], new: list[dict]) -> list[dict]:

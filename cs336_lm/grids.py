@@ -7,14 +7,14 @@ __all__ = ['BUDGETS', 'VARIANTS', 'ABLATED', 'ABLATION_RATES', 'GRIDS', 'RUNS', 
            'rate_text', 'Cell', 'grid_name', 'parse_name', 'Grid', 'has_title', 'source_of', 'naive_bayes',
            'run_hashes', 'overlaps', 'describe_validation', 'document_losses', 'source_losses', 'student_cdf',
            'student_quantile', 'Difference', 'paired_difference', 'unigram_entropy', 'is_diverged', 'GridLog',
-           'grid_logs', 'losses_by_rate', 'best_rates', 'best_rate', 'compare_variants', 'largest_stable_rate',
-           'RateFit', 'fit_minimum', 'prepare_cells', 'read_sources', 'cell_config', 'measure_cell', 'run_cell',
-           'more_cells', 'stages', 'Queue', 'shape_of', 'Pace', 'stopping_at', 'work', 'pack_records', 'main',
-           'hessian_products', 'spectrum_ends', 'sharpness', 'gradient_noise', 'critical_batch', 'adam_scales',
-           'analyse_cell', 'distinct', 'copied', 'text_loss', 'smoothed', 'as_grid', 'rate_colours', 'draw_rates',
-           'plot_learning_rate', 'grid_caption', 'draw_band', 'plot_ablation', 'plot_ablation_grid', 'batch_of',
-           'best_of_batches', 'speed', 'plot_batch_size', 'adam_limit', 'plot_edge', 'plot_web', 'rate_table',
-           'figure_png']
+           'grid_logs', 'repeated', 'losses_by_rate', 'best_rates', 'best_rate', 'compare_variants',
+           'largest_stable_rate', 'RateFit', 'fit_minimum', 'prepare_cells', 'read_sources', 'cell_config',
+           'measure_cell', 'run_cell', 'more_cells', 'stages', 'Queue', 'shape_of', 'Pace', 'stopping_at', 'work',
+           'pack_records', 'main', 'hessian_products', 'spectrum_ends', 'sharpness', 'gradient_noise', 'critical_batch',
+           'adam_scales', 'analyse_cell', 'distinct', 'copied', 'text_loss', 'smoothed', 'as_grid', 'rate_colours',
+           'draw_rates', 'plot_learning_rate', 'grid_caption', 'draw_band', 'plot_ablation', 'plot_ablation_grid',
+           'batch_of', 'best_of_batches', 'speed', 'plot_batch_size', 'adam_limit', 'plot_edge', 'plot_web',
+           'rate_table', 'figure_png']
 
 # %% ../nbs/14_learning_rate.ipynb #a3419486
 import argparse, json, math, os, re, shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
@@ -84,7 +84,7 @@ VARIANTS: dict[str, Variant] = {
 
 # %% ../nbs/14_learning_rate.ipynb #9152cc19
 VARIANTS |= {
-    **{f"vocab{n}": Variant(f"{n:,} entries", vocab_size=n) for n in (2_000, 32_000)},
+    "vocab2000": Variant("2,000 entries", vocab_size=2_000),
     **{f"context{n}": Variant(f"rows of {n} tokens", {"context_length": n}, {"batch_size": 64 * 256 // n})
        for n in (64, 128, 512)},
     **{f"warmup{n}": Variant(f"{n} steps of warm-up", settings={"warmup_steps": n}) for n in (0, 25, 400)},
@@ -205,7 +205,7 @@ GRIDS: dict[str, Grid] = {
     "optimizer": Grid("warm-up, second moment and weight decay, one change each around the best cell",
                       tuple(v for v in VARIANTS if re.match("warmup|beta2|decay", v)), (3e-3,), (0,), 1, (1, 2)),
     "shapes": Grid("vocabulary and context length, one change each around the best cell",
-                   tuple(v for v in VARIANTS if re.match(r"vocab|context\d+$", v)), (3e-3,), (0,), 1, (1, 2)),
+                   tuple(v for v in VARIANTS if re.match(r"vocab|web|context\d+$", v)), (3e-3,), (0,), 1, (1, 2)),
     "embeddings": Grid("tied and untied embeddings by their first size",
                        ("untied-std0.02", "tied-std1", "tied-std0.02"),
                        (3e-3, 1e-2), (0,), 1, (1, 2)),
@@ -455,6 +455,12 @@ def grid_logs(records: str | Path = "figures/runs", budget: str = "small", varia
     return [g for g in logs if g.log.status in ("finished", "diverged")]
 
 # %% ../nbs/14_learning_rate.ipynb #55b46cdb
+def repeated(g: GridLog, records: str | Path = "figures/runs") -> list[GridLog]:
+    "A recorded run and, where its cell was run twice, the record of the other time."
+    other = Path(records) / "repeats" / f"{g.cell.name}.jsonl"
+    return [g, *([GridLog(g.cell, read_log(other))] if other.is_file() else [])]
+
+
 def losses_by_rate(logs: Sequence[GridLog], variant: str) -> dict[float, dict[int, float]]:
     "Final losses of a variant: rate -> seed -> loss."
     table: dict[float, dict[int, float]] = {}
