@@ -370,7 +370,7 @@ def test_the_command_runs_a_cell_on_official_data_once_and_counts_it(prepared, t
     assert ex.read_record("small-nope-lr1e-2-seed0", tmp_path / "runs-official").status == "finished"
     assert main(["experiment", "status", "--data", "official", "--figures", str(tmp_path)]) == 0 == main(["experiment", "list"])
     out = capsys.readouterr().out
-    assert "ablations         1 of 50 recorded" in out and all(name in out for name in gr.GRIDS)
+    assert "ablations          1 of 50 recorded" in out and all(name in out for name in gr.GRIDS)
     assert main(["experiment", "list", "cosine800"]) == 0 and capsys.readouterr().out.split() == list(gr.GRIDS["cosine800"].runs)
 
 
