@@ -301,7 +301,7 @@ def saving_seconds(run) -> tuple[float, float]:
     return held, time.perf_counter() - began
 
 
-KINDS = [("attention", "_attention_"), ("loss", "_cross_entropy"), ("matrix products", "nvjet|gemm|cutlass|splitK"), ("SiLU and gate", "triton_poi.*sigmoid"),
+KINDS = [("attention", "_attention_"), ("loss", "_cross_entropy"), ("matrix products", "nvjet|gemm|cutlass|splitK"), ("SiLU and gate", "triton_poi.*(sigmoid|silu)"),
          ("optimizer, clipping", "triton_for|multi_tensor|foreach"), ("norms and residual", "triton_(per|red)_fused.*(pow|rsqrt|mean)|reduce_kernel<128"), ("rest", "")]
 
 
