@@ -1168,40 +1168,41 @@ def make_fast(tokenizer: ByteLevelBPE) -> FastEncoder | None:
 # %% ../nbs/05_tokenizer.ipynb #45070739
 class TokenTable(NamedTuple):
     "The bytes of all tokens, by their ids."
-    heads: np.ndarray  # (16 x ids,) the first 16 bytes of each
+    rows: np.ndarray  # (16 x ids,) 15 bytes and the width; the width is 0 for tokens of more, and for ids that are left out
     widths: np.ndarray  # (ids,) 0 for ids that are left out
-    begins: np.ndarray  # (ids,) where a token of more than 16 bytes begins in `rest`
+    begins: np.ndarray  # (ids,) where a token of more than 15 bytes begins in `rest`
     rest: np.ndarray
 
 
 def token_table(vocab: Mapping[int, bytes]) -> TokenTable:
     "The table of a vocabulary."
     tokens = [vocab.get(id, b"") for id in range(max(vocab, default=-1) + 1)]
-    long = [token if len(token) > 16 else b"" for token in tokens]
-    heads = np.frombuffer(b"".join([token[:16].ljust(16, b"\0") for token in tokens]), np.uint8)
+    long = [token if len(token) > 15 else b"" for token in tokens]
+    rows = [token.ljust(15, b"\0") + bytes([len(token)]) if len(token) <= 15 else bytes(16) for token in tokens]
     begins = np.cumsum([0, *map(len, long)], dtype=np.int64)[:-1]
-    return TokenTable(heads, np.array(list(map(len, tokens)), np.int32), begins, np.frombuffer(b"".join(long), np.uint8))
+    return TokenTable(np.frombuffer(b"".join(rows), np.uint8), np.array(list(map(len, tokens)), np.int32), begins, np.frombuffer(b"".join(long), np.uint8))
 
 # %% ../nbs/05_tokenizer.ipynb #ec30d81f
 @compiled
-def decode_some(ids, place, heads, widths, begins, rest, out, room):
+def decode_some(ids, place, rows, widths, begins, rest, out, room):
     "Write tokens from ids[place] on until `out` has less than `room` bytes left: the next place (~: a bad one), the bytes."
     n, last, known = 0, len(out) - room, np.uint64(len(widths))
     while place < len(ids) and n <= last:
         id = np.uint64(ids[place])
         if id >= known: return ~place, n
-        width = np.int64(widths[id])
-        copy_16(heads, np.int64(id) << 4, out, n)
-        if width > 16:
-            begin = begins[id]
-            for k in range(16, width): out[n + k] = rest[begin + k]
-        elif width == 0: return ~place, n
+        row = np.int64(id) << 4
+        copy_16(rows, row, out, n)
+        width = np.int64(rows[row + 15])
+        if width == 0:
+            width, begin = np.int64(widths[id]), begins[id]
+            if width == 0: return ~place, n
+            for k in range(width): out[n + k] = rest[begin + k]
         n += width
         place += 1
     return place, n
 
 # %% ../nbs/05_tokenizer.ipynb #b5bfe8da
-DECODE_BLOCK, DECODE_IDS = 1 << 17, 1 << 15  # bytes of text, and ids, that are at hand together
+DECODE_BLOCK, DECODE_IDS = 1 << 17, 1 << 14  # bytes of text, and ids, that are at hand together
 
 
 def decode_array(table: TokenTable, ids: np.ndarray) -> io.BytesIO | None:

@@ -107,12 +107,12 @@ def test_ids_out_of_range(tokenizer, bad):
         with pytest.raises(ValueError, match=f"Id {bad} "): tokenizer.decode(np.array(good + [bad]))
 
 
-LONG_TOKENS = {256 + n: bytes(range(65, 65 + width)) * 3 for n, width in enumerate((5, 6, 16, 40))}  # 15 to 120 bytes
+LONG_TOKENS = {256 + n: bytes(range(65, 65 + width)) * 3 for n, width in enumerate((5, 6, 16, 40, 86))}  # 15 to 258 bytes
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.one_of(st.sampled_from([*LONG_TOKENS, 65, 66]), st.integers(0, 259)), max_size=60), st.integers(1, 200))
-def test_decoding_tokens_longer_than_sixteen_bytes(ids, block):
+@given(st.lists(st.one_of(st.sampled_from([*LONG_TOKENS, 65, 66]), st.integers(0, 260)), max_size=60), st.integers(1, 200))
+def test_decoding_tokens_of_fifteen_bytes_and_more(ids, block):
     vocab = {id: bytes([id]) for id in range(256)} | LONG_TOKENS
     table = chapter.token_table(vocab)
     with pytest.MonkeyPatch.context() as patch:
