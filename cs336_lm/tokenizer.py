@@ -1209,8 +1209,10 @@ def decode_array(table: TokenTable, ids: np.ndarray) -> io.BytesIO | None:
     "The bytes of an array of ids (uint16 or uint32); None if one of them has no token."
     room = 16 + int(table.widths.max(initial=0))
     out, written = np.empty(DECODE_BLOCK + room, np.uint8), io.BytesIO()
+    as_they_are = ids.dtype == np.uint32 and ids.flags.carray  # code is compiled for one type, so others are copied to it
     for start in range(0, len(ids), DECODE_IDS):
-        block, place = ids[start:start + DECODE_IDS].astype(np.uint32), 0  # a copy: one type, whatever comes
+        block, place = ids[start:start + DECODE_IDS], 0
+        if not as_they_are: block = block.astype(np.uint32)
         while place < len(block):
             place, size = decode_some(block, place, *table, out, room)
             if place < 0: return None
