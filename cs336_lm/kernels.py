@@ -107,9 +107,16 @@ def _store(X, x, rows, T, stride, COS, SIN, TURN: tl.constexpr, ROWS: tl.constex
 
 # %% ../nbs/09b_kernels.ipynb #1aa8851e
 @_kernel
+def _own_block(T, B: tl.constexpr):
+    "The first row of this program's block of a head's rows, and which head. One axis, since CUDA ends the others at 65,535."
+    blocks = tl.cdiv(T, B)
+    return tl.program_id(0) % blocks * B, tl.program_id(0) // blocks
+
+
+@_kernel
 def _attention_forward(QKV, COS, SIN, OUT, LSE, T, H, scale, TURN: tl.constexpr, D: tl.constexpr,
                        BM: tl.constexpr, BN: tl.constexpr):
-    m0, head = tl.program_id(0) * BM, tl.program_id(1)
+    m0, head = _own_block(T, BM)
     W = H * D  # a row of QKV holds three times W numbers
     Q = QKV + (head // H).to(tl.int64) * T * 3 * W + (head % H) * D
     rows = m0 + tl.arange(0, BM)
@@ -134,7 +141,8 @@ def _attention_forward(QKV, COS, SIN, OUT, LSE, T, H, scale, TURN: tl.constexpr,
 # %% ../nbs/09b_kernels.ipynb #771bbd94
 @_kernel
 def _attention_delta(OUT, GRAD, DELTA, T, H, D: tl.constexpr, B: tl.constexpr):
-    rows, head = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1)
+    m0, head = _own_block(T, B)
+    rows = m0 + tl.arange(0, B)
     start = (head // H).to(tl.int64) * T * H * D + (head % H) * D
     o = _load(OUT + start, rows, T, H * D, OUT, OUT, False, B, D).to(tl.float32)
     g = _load(GRAD + start, rows, T, H * D, OUT, OUT, False, B, D).to(tl.float32)
@@ -144,7 +152,8 @@ def _attention_delta(OUT, GRAD, DELTA, T, H, D: tl.constexpr, B: tl.constexpr):
 @_kernel
 def _attention_backward_keys(QKV, COS, SIN, LSE, DELTA, GRAD, DQKV, T, H, scale, TURN: tl.constexpr, D: tl.constexpr,
                              B: tl.constexpr, STREAM: tl.constexpr):
-    n0, head, W = tl.program_id(0) * B, tl.program_id(1), H * D
+    n0, head = _own_block(T, B)
+    W = H * D
     start, own = (head // H).to(tl.int64) * T * W, n0 + tl.arange(0, B)
     Q, G, DQ = QKV + start * 3 + (head % H) * D, GRAD + start + (head % H) * D, DQKV + start * 3 + (head % H) * D
     k = _load(Q + W, own, T, 3 * W, COS, SIN, TURN, B, D)
@@ -168,7 +177,8 @@ def _attention_backward_keys(QKV, COS, SIN, LSE, DELTA, GRAD, DQKV, T, H, scale,
 @_kernel
 def _attention_backward_queries(QKV, COS, SIN, LSE, DELTA, GRAD, DQKV, T, H, scale, TURN: tl.constexpr,
                                 D: tl.constexpr, B: tl.constexpr, STREAM: tl.constexpr):
-    m0, head, W = tl.program_id(0) * B, tl.program_id(1), H * D
+    m0, head = _own_block(T, B)
+    W = H * D
     start, own = (head // H).to(tl.int64) * T * W, m0 + tl.arange(0, B)
     Q, G, DQ = QKV + start * 3 + (head % H) * D, GRAD + start + (head % H) * D, DQKV + start * 3 + (head % H) * D
     q = _load(Q, own, T, 3 * W, COS, SIN, TURN, B, D)
@@ -189,7 +199,7 @@ def _attention_backward_queries(QKV, COS, SIN, LSE, DELTA, GRAD, DQKV, T, H, sca
 # %% ../nbs/09b_kernels.ipynb #a1229fa1
 def _launch(kernel, time: int, heads: int, tensors: tuple, scale: float, turn: bool, d: int, block: int, **sizes) -> None:
     "Run an attention kernel with a program for each block of rows of each head."
-    kernel[(triton.cdiv(time, block), heads)](*tensors, scale, turn, d, block, **sizes)
+    kernel[(triton.cdiv(time, block) * heads,)](*tensors, scale, turn, d, block, **sizes)
 
 
 @torch.library.custom_op("cs336_lm::attention", mutates_args=())
@@ -219,7 +229,7 @@ def attention_backward_op(grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Te
     if not qkv.is_cuda: return attention_backward_clear(grad, qkv, cos, sin, out, lse, num_heads)
     (batch, time, width), grad = qkv.shape, grad.contiguous()
     delta, dqkv, d = torch.empty_like(lse), torch.empty_like(qkv), width // 3 // num_heads
-    _attention_delta[(triton.cdiv(time, 128), batch * num_heads)](out, grad, delta, time, num_heads, d, 128, num_warps=4)
+    _attention_delta[(triton.cdiv(time, 128) * batch * num_heads,)](out, grad, delta, time, num_heads, d, 128, num_warps=4)
     for kernel in (_attention_backward_keys, _attention_backward_queries):
         _launch(kernel, time, batch * num_heads, (qkv, cos, sin, lse, delta, grad, dqkv, time, num_heads),
                 1 / (math.log(2) * math.sqrt(d)), cos is not None, d, 64, STREAM=32, num_warps=4, num_stages=3)

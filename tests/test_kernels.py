@@ -102,7 +102,7 @@ for batch, time, heads, d, turn in ((2, 70, 2, 16, True), (1, 33, 1, 32, False))
     k._launch(k._attention_forward, *sizes, (qkv, cos, sin, out, lse, time, heads), scale, turn, d, 64, BN=64)
     torch.testing.assert_close((out, lse), (clear, clear_lse), rtol=1e-4, atol=1e-5)
     delta = torch.empty_like(lse)
-    k._attention_delta[(1, batch * heads)](out, grad, delta, time, heads, d, 128)
+    k._attention_delta[(batch * heads,)](out, grad, delta, time, heads, d, 128)
     for kernel in (k._attention_backward_keys, k._attention_backward_queries):
         k._launch(kernel, *sizes, (qkv, cos, sin, lse, delta, grad, got, time, heads), scale, turn, d, 64, STREAM=32)
     torch.testing.assert_close(got, k.attention_backward_clear(grad, qkv, cos, sin, clear, clear_lse, heads), rtol=1e-4, atol=1e-5)
@@ -123,7 +123,7 @@ def test_kernels_in_tritons_interpreter(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("sizes", [{}, dict(batch=1, time=64, heads=1, d=16), dict(batch=2, time=513, heads=3, d=64), dict(d=128, vocab=50_257)])
+@pytest.mark.parametrize("sizes", [{}, dict(batch=4096, time=16, heads=16, d=16), dict(batch=1, time=64, heads=1, d=16), dict(batch=2, time=513, heads=3, d=64), dict(d=128, vocab=50_257)])
 def test_kernels_on_a_gpu(sizes):
     errors = kernel_errors(**sizes)
     assert max(errors.values()) < 2e-2, errors
