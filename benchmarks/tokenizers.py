@@ -19,7 +19,8 @@ times are only divided by each other where they are of one machine and text. `mi
 
 - train: a file to merges. batch: documents (str) in memory to lists of ids. decode: an array of ids to bytes.
 - encode: a file to a token file on the disk, the word cache empty. gigatoken gives arrays in memory, which are then
-  written as .npy; `ids_seconds` is the time until it has them. tiktoken and HF get the file's documents in groups.
+  written as .npy; `ids_seconds` is the time until it has them. tiktoken and HF get the file's documents in groups. Ours
+  leaves out the text's SHA-256, which no peer takes (`encode_file(..., checksum=False)`).
 - array: a text (bytes) in memory to an array of ids, one thread.
 - short: `encode` of one string of 11 or of 450 characters, 10,000 distinct ones, one call each.
 - line: train and encode on a text of up to 2.2 GB in which new words keep coming. cold: import and compilation of ours.
@@ -197,7 +198,7 @@ def prepare_encoder(name: str, threads: int, files: dict) -> Callable:
         from cs336_lm.dataset import encode_file
         encode_file(ready_ours(folder), Path(files["warm"]), Path(files["output"] + ".warm.npy"), num_threads=threads)
         tokenizer = ready_ours(folder)  # a new one: that one's cache is warm
-        return lambda path, output: encode_file(tokenizer, path, output, num_threads=threads) and None
+        return lambda path, output: encode_file(tokenizer, path, output, num_threads=threads, checksum=False) and None
     tokenizer = peer_tokenizer(name, folder)
     batch = batch_function(name, tokenizer, threads)
     def encode(path, output):

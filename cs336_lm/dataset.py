@@ -28,7 +28,7 @@ if TYPE_CHECKING: import torch
 
 # %% auto #0
 __all__ = ['SHARD_BYTES', 'SHARDS_AHEAD', 'IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile',
-           'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'byte_bar', 'with_bar',
+           'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'byte_bar', 'with_bar', 'is_blank',
            'DocumentCounter', 'describe_files', 'name_of', 'text_description', 'BlockReader', 'read_block',
            'check_unchanged', 'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads', 'encode_whole',
            'unpack_tokenizer', 'encode_shard', 'encode_shards', 'encode_in_executor', 'encode_file', 'map_npy',
@@ -76,7 +76,7 @@ class TokenFile:
     tokens: int
     bytes: int  # of the text, so that a loss can be given in bits per byte
     documents: int
-    corpus: dict  # name, bytes, documents, sha256: of the text file
+    corpus: dict  # name, bytes, documents, sha256 (or None): of the text file
     tokenizer: dict  # vocab_size, sha256, trained_on
 
 # %% ../nbs/06_dataset.ipynb #933c54f9
@@ -119,6 +119,11 @@ def with_bar(blocks: Iterable[str], bar: tqdm) -> Iterator[str]:
         if not bar.disable: bar.update(len(block.encode()))
 
 # %% ../nbs/06_dataset.ipynb #c3d80649
+def is_blank(piece: bytes) -> bool:
+    "Whether nothing would be left of `piece.strip()`, which would copy it."
+    return not piece or piece.isspace()
+
+
 class DocumentCounter:
     "Counts the non-blank pieces between separators of a text that comes in blocks cut anywhere."
 
@@ -130,11 +135,11 @@ class DocumentCounter:
         *whole, rest = (self.held + block).split(self.separator)
         for piece in whole: self.end(piece)
         keep = len(self.separator) - 1
-        self.begun, self.held = self.begun or bool(rest[:-keep].strip()), rest[-keep:]
+        self.begun, self.held = self.begun or not is_blank(rest[:-keep]), rest[-keep:]
 
     def end(self, piece: bytes) -> None:
         "A document ends with this piece of it."
-        self.documents += self.begun or bool(piece.strip())
+        self.documents += self.begun or not is_blank(piece)
         self.begun = False
 
 
@@ -157,9 +162,9 @@ def name_of(paths: Sequence[str]) -> str:
 
 
 def text_description(name: str, size: int, counter: DocumentCounter, digest) -> dict:
-    "The dict of `describe_file`, after the last block."
+    "The dict of `describe_file`, after the last block; without a `digest` the sha256 is None."
     counter.end(counter.held)
-    return {"name": name, "bytes": size, "documents": counter.documents, "sha256": digest.hexdigest()}
+    return {"name": name, "bytes": size, "documents": counter.documents, "sha256": digest and digest.hexdigest()}
 
 # %% ../nbs/06_dataset.ipynb #6e5e9cf3
 class BlockReader:
@@ -176,9 +181,8 @@ class BlockReader:
         with self.lock:
             number, at, cut = self.blocks, self.at, 0
             while not cut and at < self.part.end: cut = read_block(self, bench)
-            if self.counter:
-                self.digest.update(bench.bytes[:cut])
-                self.counter.add(bench.text[:cut].tobytes())
+            if self.digest: self.digest.update(bench.bytes[:cut])
+            if self.counter: self.counter.add(bench.text[:cut].tobytes())
             self.blocks, self.at = number + 1, at + cut
             return number, at, cut
 
@@ -243,10 +247,10 @@ def encode_blocks(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype, nu
 
 # %% ../nbs/06_dataset.ipynb #4be8884c
 def encode_in_threads(encoder: FastEncoder, num_threads: int, paths: Sequence[str], output_path: str | os.PathLike,
-                      dtype: np.dtype, corpus_name: str | None, progress: bool) -> tuple[dict, int]:
+                      dtype: np.dtype, corpus_name: str | None, progress: bool, checksum: bool = True) -> tuple[dict, int]:
     "What `encode_clear` does, by compiled code. `OSError` if a file changes its size meanwhile."
     encoder.share(num_threads)
-    digest, counter, parts = hashlib.sha256(), DocumentCounter(), whole_files(paths)
+    digest, counter, parts = hashlib.sha256() if checksum else None, DocumentCounter(), whole_files(paths)
     total = sum(part.size for part in parts)
     with byte_bar(total, progress) as bar:
         files = (encode_whole(encoder, BlockReader(part, counter, digest), dtype, num_threads, bar) for part in parts)
@@ -306,7 +310,7 @@ def encode_in_executor(tokenizer: Tokenizer, executor: Executor, paths: Sequence
 # %% ../nbs/06_dataset.ipynb #1d103347
 def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.PathLike, *,
                 corpus_name: str | None = None, progress: bool = False, num_threads: int | None = None,
-                executor: Executor | None = None) -> TokenFile:
+                executor: Executor | None = None, checksum: bool = True) -> TokenFile:
     """Encode a UTF-8 text file to a flat `.npy` of ids with its description beside it, in constant memory.
 
     Of several files (a list of paths) the ids stand one behind the other, each file's as if it were alone: nothing is put
@@ -316,7 +320,9 @@ def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.P
     `executor` (`concurrent.futures`) is given, by its workers, who must find the files under the same paths; the result
     is the same. Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
     `output_path` does not end in .npy; `OSError` for a full disk or a file that changes. After an error nothing stands
-    under the final name that was not there before. `corpus_name` defaults to the file's name."""
+    under the final name that was not there before. `corpus_name` defaults to the file's name. Without `checksum` the
+    description has None for the text's SHA-256, which takes as long as half the rest on a processor without instructions
+    for it; then nobody can tell later whether the ids are of the text."""
     sidecar, dtype, threads = sidecar_path(output_path), token_dtype(tokenizer.vocab_size), thread_count(num_threads)
     paths = list_paths(input_path)
     size = sum(map(os.path.getsize, paths))
@@ -325,8 +331,9 @@ def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.P
     encoder = tokenizer.fast if pays(size) else None
     where = paths, output_path, dtype, corpus_name, progress
     if encoder and executor: corpus, tokens = encode_in_executor(tokenizer, executor, *where)
-    elif encoder: corpus, tokens = encode_in_threads(encoder, threads, *where)
+    elif encoder: corpus, tokens = encode_in_threads(encoder, threads, *where, checksum)
     else: corpus, tokens = encode_clear(tokenizer, *where)
+    if not checksum: corpus["sha256"] = None
     check_separators(corpus, tokenizer, paths)
     maker = {name: getattr(tokenizer, name) for name in ("vocab_size", "sha256", "trained_on")}
     about = TokenFile(Path(output_path), dtype.name, tokens, corpus["bytes"], corpus["documents"], corpus, maker)

@@ -170,7 +170,7 @@ def column(rows: Sequence[dict], name: str) -> np.ndarray:
 
 def caption(logs: Sequence[RunLog]) -> str:
     "Which corpora, devices and records a figure shows."
-    describe = lambda c: f"{c['name']} ({c['bytes'] / 1e6:.1f} MB, sha256 {c['sha256'][:8]})"
+    describe = lambda c: f"{c['name']} ({c['bytes'] / 1e6:.1f} MB, sha256 {(c['sha256'] or 'unknown')[:8]})"
     parts = {"Corpus": [describe(log.header["corpus"]) for log in logs],
              "Device": [log.header["device"] for log in logs], "Log": [f"{log.name}.jsonl" for log in logs]}
     return ". ".join(f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in parts.items()) + "."

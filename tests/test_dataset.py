@@ -47,6 +47,28 @@ def test_ids_and_description(encoded, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tales.json", "tales.npy", "tales.txt"]
 
 
+@pytest.mark.parametrize("pays", [False, True], ids=["clear", "compiled"])
+def test_without_a_checksum_all_else_is_the_same(encoded, tmp_path, monkeypatch, pays):
+    monkeypatch.setattr(chapter, "pays", lambda size: pays)
+    other = encode_file(tokenizer, tmp_path / "tales.txt", tmp_path / "other.npy", checksum=False)
+    assert other == read_token_file(tmp_path / "other.npy")
+    assert other.corpus == encoded.corpus | {"sha256": None} and other.tokens == encoded.tokens
+    assert (tmp_path / "other.npy").read_bytes() == (tmp_path / "tales.npy").read_bytes()
+    assert open_tokens(tmp_path / "other.npy", tokenizer.sha256).tolist() == tokenizer.encode(TEXT)
+
+
+@pytest.mark.parametrize("blank", [b" \n", b"", b"\t\x0b\x0c\r"])
+def test_blank_pieces_are_no_documents(tmp_path, blank):
+    path = tmp_path / "a.txt"
+    path.write_bytes(END.encode().join([blank, b"one", blank, blank + b"two" + blank, blank]))
+    for size in range(1, 30):
+        counter = chapter.DocumentCounter()
+        data = path.read_bytes()
+        for start in range(0, len(data), size): counter.add(data[start:start + size])
+        counter.end(counter.held)
+        assert counter.documents == describe_file(path)["documents"] == 2
+
+
 def test_name_of_the_corpus_and_bar(tmp_path, capsys):
     (tmp_path / "tales.txt").write_bytes(TEXT.encode())
     target = str(tmp_path / "new" / "a.npy")
