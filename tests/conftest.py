@@ -1,5 +1,9 @@
 """What several test files share."""
+import signal
+
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored, and so would their children
 
 
 @pytest.fixture(scope="module")
