@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from .corpora import END_OF_TEXT, describe_file, read_documents, write_aside
+from .corpora import END_OF_TEXT, read_documents, write_aside
 from . import pretokenization
 from .pretokenization import Part, Paths, list_paths, read_text, safe_shards, whole_files
 from .tokenizer import Bench, FastEncoder, Tokenizer, in_order, pays, read_json, thread_count
@@ -28,7 +28,7 @@ if TYPE_CHECKING: import torch
 
 # %% auto #0
 __all__ = ['SHARD_BYTES', 'SHARDS_AHEAD', 'IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile',
-           'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'byte_bar', 'with_bar', 'is_blank',
+           'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'byte_bar', 'with_bar',
            'DocumentCounter', 'describe_files', 'name_of', 'text_description', 'BlockReader', 'read_block',
            'check_unchanged', 'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads', 'encode_whole',
            'unpack_tokenizer', 'encode_shard', 'encode_shards', 'encode_in_executor', 'encode_file', 'map_npy',
@@ -92,9 +92,9 @@ def write_sidecar(about: TokenFile) -> None:
 
 # %% ../nbs/06_dataset.ipynb #ff7f67dd
 def encode_clear(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.PathLike, dtype: np.dtype,
-                 corpus_name: str | None, progress: bool) -> tuple[dict, int]:
+                 corpus_name: str | None, progress: bool, checksum: bool = True) -> tuple[dict, int]:
     "Write the ids of text files, one behind the other: the description of the text, and how many ids there are."
-    corpus = describe_files(paths := list_paths(input_path), corpus_name)
+    corpus = describe_files(paths := list_paths(input_path), corpus_name, checksum)
     with byte_bar(corpus["bytes"], progress) as bar:
         ids = chain.from_iterable(tokenizer.encode_iterable(with_bar(read_text(path), bar)) for path in paths)
         return corpus, write_npy(output_path, dtype, id_arrays(ids, dtype))
@@ -119,11 +119,6 @@ def with_bar(blocks: Iterable[str], bar: tqdm) -> Iterator[str]:
         if not bar.disable: bar.update(len(block.encode()))
 
 # %% ../nbs/06_dataset.ipynb #c3d80649
-def is_blank(piece: bytes) -> bool:
-    "Whether nothing would be left of `piece.strip()`, which would copy it."
-    return not piece or piece.isspace()
-
-
 class DocumentCounter:
     "Counts the non-blank pieces between separators of a text that comes in blocks cut anywhere."
 
@@ -135,22 +130,21 @@ class DocumentCounter:
         *whole, rest = (self.held + block).split(self.separator)
         for piece in whole: self.end(piece)
         keep = len(self.separator) - 1
-        self.begun, self.held = self.begun or not is_blank(rest[:-keep]), rest[-keep:]
+        self.begun, self.held = self.begun or bool(rest[:-keep].strip()), rest[-keep:]
 
     def end(self, piece: bytes) -> None:
         "A document ends with this piece of it."
-        self.documents += self.begun or not is_blank(piece)
+        self.documents += self.begun or bool(piece.strip())
         self.begun = False
 
 
-def describe_files(paths: Sequence[str], name: str | None = None) -> dict:
-    "`describe_file` of one file; of several the same of the text that they make one behind the other."
-    if len(paths) == 1: return describe_file(paths[0], name)
-    digest, counter, size = hashlib.sha256(), DocumentCounter(), 0
+def describe_files(paths: Sequence[str], name: str | None = None, checksum: bool = True) -> dict:
+    "What `describe_file` says of a file, of the text that files make one behind the other; without `checksum` the sha256 is None."
+    digest, counter, size = hashlib.sha256() if checksum else None, DocumentCounter(), 0
     for path in paths:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
-                digest.update(block)
+                if digest: digest.update(block)
                 counter.add(block)
                 size += len(block)
     return text_description(name or name_of(paths), size, counter, digest)
@@ -247,7 +241,7 @@ def encode_blocks(encoder: FastEncoder, reader: BlockReader, dtype: np.dtype, nu
 
 # %% ../nbs/06_dataset.ipynb #4be8884c
 def encode_in_threads(encoder: FastEncoder, num_threads: int, paths: Sequence[str], output_path: str | os.PathLike,
-                      dtype: np.dtype, corpus_name: str | None, progress: bool, checksum: bool = True) -> tuple[dict, int]:
+                      dtype: np.dtype, corpus_name: str | None, progress: bool, checksum: bool) -> tuple[dict, int]:
     "What `encode_clear` does, by compiled code. `OSError` if a file changes its size meanwhile."
     encoder.share(num_threads)
     digest, counter, parts = hashlib.sha256() if checksum else None, DocumentCounter(), whole_files(paths)
@@ -299,9 +293,9 @@ def encode_shards(tokenizer: Tokenizer, executor: Executor, parts: Sequence[Part
 
 
 def encode_in_executor(tokenizer: Tokenizer, executor: Executor, paths: Sequence[str], output_path: str | os.PathLike,
-                       dtype: np.dtype, corpus_name: str | None, progress: bool) -> tuple[dict, int]:
+                       dtype: np.dtype, corpus_name: str | None, progress: bool, checksum: bool) -> tuple[dict, int]:
     "What `encode_clear` does, by the workers of an executor. `OSError` if a file changes its size meanwhile."
-    parts, corpus = whole_files(list(map(os.path.abspath, paths))), describe_files(paths, corpus_name)
+    parts, corpus = whole_files(list(map(os.path.abspath, paths))), describe_files(paths, corpus_name, checksum)
     for part in parts: pretokenization.check_size(part, os.path.getsize(part.path))
     with byte_bar(corpus["bytes"], progress) as bar:
         work = encode_shards(tokenizer, executor, parts, dtype, bar)
@@ -329,11 +323,10 @@ def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.P
     if not size: raise ValueError(f"{', '.join(paths)} is empty: there is nothing to encode.")
     sidecar.unlink(missing_ok=True)  # an old description must never stand beside new ids
     encoder = tokenizer.fast if pays(size) else None
-    where = paths, output_path, dtype, corpus_name, progress
+    where = paths, output_path, dtype, corpus_name, progress, checksum
     if encoder and executor: corpus, tokens = encode_in_executor(tokenizer, executor, *where)
-    elif encoder: corpus, tokens = encode_in_threads(encoder, threads, *where, checksum)
+    elif encoder: corpus, tokens = encode_in_threads(encoder, threads, *where)
     else: corpus, tokens = encode_clear(tokenizer, *where)
-    if not checksum: corpus["sha256"] = None
     check_separators(corpus, tokenizer, paths)
     maker = {name: getattr(tokenizer, name) for name in ("vocab_size", "sha256", "trained_on")}
     about = TokenFile(Path(output_path), dtype.name, tokens, corpus["bytes"], corpus["documents"], corpus, maker)

@@ -1180,7 +1180,8 @@ def token_table(vocab: Mapping[int, bytes]) -> TokenTable:
     long = [token if len(token) > 15 else b"" for token in tokens]
     rows = [token.ljust(15, b"\0") + bytes([len(token)]) if len(token) <= 15 else bytes(16) for token in tokens]
     begins = np.cumsum([0, *map(len, long)], dtype=np.int64)[:-1]
-    return TokenTable(np.frombuffer(b"".join(rows), np.uint8), np.array(list(map(len, tokens)), np.int32), begins, np.frombuffer(b"".join(long), np.uint8))
+    flat = lambda parts: np.frombuffer(b"".join(parts), np.uint8)
+    return TokenTable(flat(rows), np.array(list(map(len, tokens)), np.int32), begins, flat(long))
 
 # %% ../nbs/05_tokenizer.ipynb #ec30d81f
 @compiled

@@ -557,14 +557,14 @@ def test_an_executor_tells_faults(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a.txt is not UTF-8: .* at byte 11,000;"):
         encode_file(plain, path, tmp_path / "a.npy", executor=Immediate())
     path.write_bytes(TALES.encode())
-    describe = dataset.describe_file
+    describe = dataset.describe_files
 
     def then_shrink(*arguments):
         about = describe(*arguments)
         os.truncate(path, 9_000)
         return about
 
-    monkeypatch.setattr(dataset, "describe_file", then_shrink)
+    monkeypatch.setattr(dataset, "describe_files", then_shrink)
     with pytest.raises(OSError, match="changed from .* bytes while it was read"):
         encode_file(plain, path, tmp_path / "a.npy", executor=Immediate())
     assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
