@@ -11,7 +11,7 @@ __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 
            'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over', 'long_sentences', 'longest_run',
            'text_measures', 'counted_losses', 'is_story', 'story_measures', 'training_measures', 'draw_samples',
            'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'step_seconds',
-           'quickest_threads', 'train_demo', 'demo', 'is_log', 'experiment_log', 'experiment_row',
+           'quickest_threads', 'train_demo', 'demo', 'is_log', 'failed_runs', 'experiment_log', 'experiment_row',
            'write_grammar_corpus', 'write_story_shards']
 
 # %% ../nbs/13_experiments.ipynb #8525d401
@@ -686,13 +686,21 @@ def is_log(path: str | Path) -> bool:
     with open(path, encoding="utf-8") as file: return file.readline().startswith('{"kind": "header"')
 
 
+def failed_runs(records: str | Path = "figures/runs") -> list[tuple[str, str]]:
+    "Name and error of each run that failed, by the logs `worker-*.log` of the grids' workers."
+    logs = sorted(Path(records).rglob("worker-*.log"))
+    told = re.compile(r"^[\d :-]+ (\S+): (\w+(?:Error|Exception): .*)$", re.M)
+    return [found for path in logs for found in told.findall(path.read_text(encoding="utf-8"))]
+
+
 def experiment_log(records: str | Path = "figures/runs") -> str:
-    "A Markdown table of all recorded runs, oldest first: what, when, on what, how far, how good, and how it ended."
+    "A Markdown table of all recorded runs, oldest first: what, when, on what, how far, how good, how it ended; then failures."
     files = [path for path in Path(records).rglob("*.jsonl") if is_log(path)]
     logs = sorted(map(read_log, files), key=lambda log: (log.header["started"], log.name))
     columns = ("run", "started (UTC)", "commit", "device", "corpus", "parameters", "steps", "tokens", "seconds",
                "validation loss", "bits a byte", "status")
-    rows = [columns, ["---"] * len(columns), *map(experiment_row, logs)]
+    failed = [[name, *[""] * (len(columns) - 2), f"failed: {error}"] for name, error in failed_runs(records)]
+    rows = [columns, ["---"] * len(columns), *map(experiment_row, logs), *failed]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 # %% ../nbs/13_experiments.ipynb #0968d02b

@@ -751,7 +751,7 @@ def _be_worker(args) -> None:
     "One process's part: cells until there are none or the time is over."
     log = open(args.records / f"worker-{args.worker}.log", "a", buffering=1, encoding="utf-8")
     def say(text: str) -> None:
-        line = f"{datetime.now(timezone.utc):%H:%M:%S} {args.worker} {text}"
+        line = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {args.worker} {text}"
         print(line, flush=True)
         log.write(line + "\n")
     prepared = cache(lambda corpus, vocab_size: prepare_cells(corpus or args.corpus, vocab_size, args.directory))

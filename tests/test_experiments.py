@@ -435,6 +435,19 @@ def test_experiment_log_lists_every_record(tmp_path):
     assert "later" in table[3] and "diverged: loss nan at step 3" in table[3]
 
 
+def test_the_experiment_log_ends_with_the_failures_of_workers(tmp_path):
+    write(tmp_path / "a.jsonl", rows(6))
+    (tmp_path / "worker-0.log").write_text(
+        "05:50:22 0 small-batch9: RuntimeError: Triton Error [CUDA]: invalid argument\n"
+        "2026-12-01 05:50:23 0 small-batch8: OutOfMemoryError: too much: 9 GB\n"
+        "05:51:21 0 small-batch3: loss 3.8309, 43.6 s\n05:51:22 0 stopped between two cells\n"
+    )
+    table = ex.experiment_log(tmp_path).splitlines()
+    assert len(table) == 5 and len({line.count("|") for line in table}) == 1
+    assert table[3].startswith("| small-batch9 |") and table[3].endswith("| failed: RuntimeError: Triton Error [CUDA]: invalid argument |")
+    assert table[4].startswith("| small-batch8 |") and "too much: 9 GB" in table[4]
+
+
 def test_the_experiment_log_passes_by_what_is_no_run(tmp_path, log):
     records = tmp_path / "records"
     records.mkdir()
