@@ -315,8 +315,8 @@ def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.P
     is the same. Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
     `output_path` does not end in .npy; `OSError` for a full disk or a file that changes. After an error nothing stands
     under the final name that was not there before. `corpus_name` defaults to the file's name. Without `checksum` the
-    description has None for the text's SHA-256, which takes as long as half the rest on a processor without instructions
-    for it; then nobody can tell later whether the ids are of the text."""
+    description has None for the text's SHA-256, which may take a third of all the time on a processor without
+    instructions for it; then nobody can tell later whether the ids are of the text."""
     sidecar, dtype, threads = sidecar_path(output_path), token_dtype(tokenizer.vocab_size), thread_count(num_threads)
     paths = list_paths(input_path)
     size = sum(map(os.path.getsize, paths))

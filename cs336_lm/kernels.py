@@ -105,14 +105,14 @@ def _store(X, x, rows, T, stride, COS, SIN, TURN: tl.constexpr, ROWS: tl.constex
     at = rows[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(X + at, x.to(X.dtype.element_ty), mask=rows[:, None] < T)
 
-# %% ../nbs/09b_kernels.ipynb #1aa8851e
+# %% ../nbs/09b_kernels.ipynb #fb1e7320
 @_kernel
 def _own_block(T, B: tl.constexpr):
-    "The first row of this program's block of a head's rows, and which head. One axis, since CUDA ends the others at 65,535."
+    "The first row of this program's block of a head's rows, and which head."
     blocks = tl.cdiv(T, B)
     return tl.program_id(0) % blocks * B, tl.program_id(0) // blocks
 
-
+# %% ../nbs/09b_kernels.ipynb #1aa8851e
 @_kernel
 def _attention_forward(QKV, COS, SIN, OUT, LSE, T, H, scale, TURN: tl.constexpr, D: tl.constexpr,
                        BM: tl.constexpr, BN: tl.constexpr):
