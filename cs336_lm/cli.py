@@ -483,7 +483,7 @@ def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> No
         only: names of figures; default: all
     """
     from cs336_lm.experiments import draw_figures, pending_figures
-    from cs336_lm.grids import GRIDS  # noqa: F401: it adds its figures
+    from cs336_lm.leaderboard import plot_race  # noqa: F401: it and what it imports add their figures
     drawn = draw_figures(directory, only=only or None)
     if not drawn: raise FileNotFoundError(f"no record of a run in {directory / 'runs'}; name the repository's figures folder: --directory")
     for path in drawn: print(path)

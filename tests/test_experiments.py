@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cs336_lm import experiments as ex, grids  # noqa: F401: grids adds its figures
+from cs336_lm import experiments as ex, leaderboard  # noqa: F401: it and what it imports add their figures
 from cs336_lm.corpora import END_OF_TEXT
 from cs336_lm.training import TrainConfig
 
@@ -216,7 +216,7 @@ def test_same_bytes_in_another_process_with_other_settings(tmp_path):
     here = ex.draw_figures(tmp_path / "here", records=records)
     code = (
         "import matplotlib; matplotlib.rcParams.update({'font.size': 30, 'axes.facecolor': 'red', 'svg.hashsalt': 'x'});"
-        "from cs336_lm.experiments import draw_figures; import cs336_lm.grids;"
+        "from cs336_lm.experiments import draw_figures; import cs336_lm.leaderboard;"
         f"draw_figures({str(tmp_path / 'there')!r}, records={str(records)!r})"
     )
     subprocess.run(

@@ -9,7 +9,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name)]
 TAGS = {"question", "derivation", "clear", "check", "fast", "measure", "answer"}
 TEXT_MODULES = ["corpora", "pretokenization", "bpe", "tokenizer", "dataset"]
-TRAINING_MODULES = TEXT_MODULES + ["layers", "transformer", "optimization", "accounting", "distributed", "training", "generation", "experiments", "grids", "samples"]
+TRAINING_MODULES = TEXT_MODULES + ["layers", "transformer", "optimization", "accounting", "distributed", "training", "generation", "experiments", "grids", "samples", "leaderboard"]
 chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
