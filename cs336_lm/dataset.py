@@ -28,10 +28,10 @@ if TYPE_CHECKING: import torch
 
 # %% auto #0
 __all__ = ['SHARD_BYTES', 'SHARDS_AHEAD', 'IGNORE_INDEX', 'T', 'token_dtype', 'id_arrays', 'write_npy', 'TokenFile',
-           'sidecar_path', 'write_sidecar', 'encode_clear', 'check_separators', 'byte_bar', 'with_bar',
-           'DocumentCounter', 'describe_files', 'name_of', 'text_description', 'BlockReader', 'read_block',
-           'check_unchanged', 'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads', 'encode_whole',
-           'unpack_tokenizer', 'encode_shard', 'encode_shards', 'encode_in_executor', 'encode_file', 'map_npy',
+           'sidecar_path', 'write_sidecar', 'DocumentCounter', 'describe_files', 'name_of', 'text_description',
+           'encode_clear', 'check_separators', 'byte_bar', 'with_bar', 'BlockReader', 'read_block', 'check_unchanged',
+           'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads', 'encode_whole', 'unpack_tokenizer',
+           'encode_shard', 'encode_shards', 'encode_in_executor', 'check_output', 'encode_file', 'map_npy',
            'read_token_file', 'open_tokens', 'get_batch', 'check_sizes', 'to_tensors', 'document_starts', 'pad_rows',
            'get_document_batch', 'document_piece', 'stream_pieces', 'document_pieces', 'padded_batches',
            'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample', 'sample_documents',
@@ -53,8 +53,10 @@ def id_arrays(ids: Iterable[int], dtype: np.dtype, length: int = 1 << 16) -> Ite
         yield part.astype(dtype)
 
 # %% ../nbs/06_dataset.ipynb #e1aa9700
-def write_npy(path: str | os.PathLike, dtype: np.dtype, parts: Iterable[np.ndarray]) -> int:
-    "Write arrays one after the other as one flat `.npy` file, whole or not at all; the number of entries."
+def write_npy(path: str | os.PathLike, dtype: np.dtype, parts: Iterable[np.ndarray], outdated: Path | None = None) -> int:
+    """Write arrays one after the other as one flat `.npy` file, whole or not at all; the number of entries.
+
+    The file `outdated`, which goes with the former content, is removed when the new content is on the disk under another name."""
     count, header = 0, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     with write_aside(path) as file:
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})
@@ -65,6 +67,9 @@ def write_npy(path: str | os.PathLike, dtype: np.dtype, parts: Iterable[np.ndarr
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
         assert file.tell() == start, "the header grew over the first ids"
+        file.flush()
+        os.fsync(file.fileno())  # a full disk shows here at the latest
+        if outdated: outdated.unlink(missing_ok=True)
     return count
 
 # %% ../nbs/06_dataset.ipynb #ddaadf28
@@ -89,34 +94,6 @@ def write_sidecar(about: TokenFile) -> None:
     "Write the description beside its token file. The path in it has no folder, so the two can be moved together."
     content = asdict(about) | {"path": about.path.name}
     with write_aside(sidecar_path(about.path), "w") as file: file.write(json.dumps(content, indent=1) + "\n")
-
-# %% ../nbs/06_dataset.ipynb #ff7f67dd
-def encode_clear(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.PathLike, dtype: np.dtype,
-                 corpus_name: str | None, progress: bool, checksum: bool = True) -> tuple[dict, int]:
-    "Write the ids of text files, one behind the other: the description of the text, and how many ids there are."
-    corpus = describe_files(paths := list_paths(input_path), corpus_name, checksum)
-    with byte_bar(corpus["bytes"], progress) as bar:
-        ids = chain.from_iterable(tokenizer.encode_iterable(with_bar(read_text(path), bar)) for path in paths)
-        return corpus, write_npy(output_path, dtype, id_arrays(ids, dtype))
-
-# %% ../nbs/06_dataset.ipynb #a76cd1b8
-def check_separators(corpus: dict, tokenizer: Tokenizer, paths: Sequence[str]) -> None:
-    "Warn if the text has documents whose separator is ordinary text to the tokenizer."
-    if corpus["documents"] > 1 and END_OF_TEXT not in tokenizer.special_tokens:
-        warnings.warn(f"{END_OF_TEXT} separates documents in {', '.join(paths)} but is no special token of the tokenizer: "
-                      "the ids will not show where documents end.", stacklevel=3)
-
-
-def byte_bar(total: int, progress: bool) -> tqdm:
-    "A bar that counts bytes of text."
-    return tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=not progress)
-
-
-def with_bar(blocks: Iterable[str], bar: tqdm) -> Iterator[str]:
-    "The same blocks of text, whose bytes the bar counts."
-    for block in blocks:
-        yield block
-        if not bar.disable: bar.update(len(block.encode()))
 
 # %% ../nbs/06_dataset.ipynb #c3d80649
 class DocumentCounter:
@@ -159,6 +136,34 @@ def text_description(name: str, size: int, counter: DocumentCounter, digest) -> 
     "The dict of `describe_file`, after the last block; without a `digest` the sha256 is None."
     counter.end(counter.held)
     return {"name": name, "bytes": size, "documents": counter.documents, "sha256": digest and digest.hexdigest()}
+
+# %% ../nbs/06_dataset.ipynb #ff7f67dd
+def encode_clear(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.PathLike, dtype: np.dtype,
+                 corpus_name: str | None, progress: bool, checksum: bool = True) -> tuple[dict, int]:
+    "Write the ids of text files, one behind the other: the description of the text, and how many ids there are."
+    corpus = describe_files(paths := list_paths(input_path), corpus_name, checksum)
+    with byte_bar(corpus["bytes"], progress) as bar:
+        ids = chain.from_iterable(tokenizer.encode_iterable(with_bar(read_text(path), bar)) for path in paths)
+        return corpus, write_npy(output_path, dtype, id_arrays(ids, dtype), sidecar_path(output_path))
+
+# %% ../nbs/06_dataset.ipynb #a76cd1b8
+def check_separators(corpus: dict, tokenizer: Tokenizer, paths: Sequence[str]) -> None:
+    "Warn if the text has documents whose separator is ordinary text to the tokenizer."
+    if corpus["documents"] > 1 and END_OF_TEXT not in tokenizer.special_tokens:
+        warnings.warn(f"{END_OF_TEXT} separates documents in {', '.join(paths)} but is no special token of the tokenizer: "
+                      "the ids will not show where documents end.", stacklevel=3)
+
+
+def byte_bar(total: int, progress: bool) -> tqdm:
+    "A bar that counts bytes of text."
+    return tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=not progress)
+
+
+def with_bar(blocks: Iterable[str], bar: tqdm) -> Iterator[str]:
+    "The same blocks of text, whose bytes the bar counts."
+    for block in blocks:
+        yield block
+        if not bar.disable: bar.update(len(block.encode()))
 
 # %% ../nbs/06_dataset.ipynb #6e5e9cf3
 class BlockReader:
@@ -248,7 +253,7 @@ def encode_in_threads(encoder: FastEncoder, num_threads: int, paths: Sequence[st
     total = sum(part.size for part in parts)
     with byte_bar(total, progress) as bar:
         files = (encode_whole(encoder, BlockReader(part, counter, digest), dtype, num_threads, bar) for part in parts)
-        with closing(ids := (array for arrays in files for array in arrays)): tokens = write_npy(output_path, dtype, ids)
+        with closing(ids := (array for arrays in files for array in arrays)): tokens = write_npy(output_path, dtype, ids, sidecar_path(output_path))
     return text_description(corpus_name or name_of(paths), total, counter, digest), tokens
 
 
@@ -299,7 +304,18 @@ def encode_in_executor(tokenizer: Tokenizer, executor: Executor, paths: Sequence
     for part in parts: pretokenization.check_size(part, os.path.getsize(part.path))
     with byte_bar(corpus["bytes"], progress) as bar:
         work = encode_shards(tokenizer, executor, parts, dtype, bar)
-        with closing(work): return corpus, write_npy(output_path, dtype, work)
+        with closing(work): return corpus, write_npy(output_path, dtype, work, sidecar_path(output_path))
+
+# %% ../nbs/06_dataset.ipynb #0a687585
+def check_output(output: Path, sidecar: Path, inputs: Sequence[str]) -> None:
+    "`ValueError` if a token file and its description would take the place of an input, or of a .json that is no description."
+    for target in (output, sidecar):
+        for path in inputs:
+            if target.exists() and os.path.samefile(target, path):
+                raise ValueError(f"{path} would be written over by the token file {output} and its description {sidecar.name}: give the output another name.")
+    if not sidecar.is_file(): return
+    try: read_token_file(output)
+    except ValueError: raise ValueError(f"{sidecar} is no description of token ids and would be written over: give {output.name} another name, or move that file.") from None
 
 # %% ../nbs/06_dataset.ipynb #1d103347
 def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.PathLike, *,
@@ -313,7 +329,7 @@ def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.P
     Large files go through compiled code in `num_threads` threads (default: the processors, at most 8) or, if an
     `executor` (`concurrent.futures`) is given, by its workers, who must find the files under the same paths; the result
     is the same. Raises `FileNotFoundError`; `ValueError` where the text is empty or not UTF-8 (with the byte offset), or
-    `output_path` does not end in .npy; `OSError` for a full disk or a file that changes. After an error nothing stands
+    `output_path` does not end in .npy, is one of the inputs, or has a .json beside it that is no description of token ids; `OSError` for a full disk or a file that changes. After an error nothing stands
     under the final name that was not there before. `corpus_name` defaults to the file's name. Without `checksum` the
     description has None for the text's SHA-256, which may take a third of all the time on a processor without
     instructions for it; then nobody can tell later whether the ids are of the text."""
@@ -321,7 +337,7 @@ def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.P
     paths = list_paths(input_path)
     size = sum(map(os.path.getsize, paths))
     if not size: raise ValueError(f"{', '.join(paths)} is empty: there is nothing to encode.")
-    sidecar.unlink(missing_ok=True)  # an old description must never stand beside new ids
+    check_output(Path(output_path), sidecar, paths)
     encoder = tokenizer.fast if pays(size) else None
     where = paths, output_path, dtype, corpus_name, progress, checksum
     if encoder and executor: corpus, tokens = encode_in_executor(tokenizer, executor, *where)
@@ -381,25 +397,28 @@ def open_tokens(path: str | os.PathLike, tokenizer_sha256: str | None = None) ->
 
 # %% ../nbs/06_dataset.ipynb #4fc6eb85
 def get_batch(dataset: np.ndarray, batch_size: int, context_length: int, device: str | torch.device = "cpu",
-              rng: np.random.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+              rng: np.random.Generator | int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Random windows of a token stream: inputs x and targets y, each (batch_size, context_length), int64, y one later.
 
-    Each of the n - context_length starts is equally likely (handout problem `data_loading`). Without `rng` every call
-    is different. Raises `ValueError` for a stream of fewer than context_length + 1 ids; errors of `device` pass.
+    Each of the n - context_length starts is equally likely (handout problem `data_loading`). `rng` is a generator or a seed;
+    without it every call is different. Raises `ValueError` for a stream of fewer than context_length + 1 ids or one that is
+    not a flat array of whole numbers; errors of `device` pass.
     """
     check_sizes(dataset, batch_size, context_length, context_length + 1)
-    starts = (rng or np.random.default_rng()).integers(len(dataset) - context_length, size=batch_size)
+    starts = np.random.default_rng(rng).integers(len(dataset) - context_length, size=batch_size)
     rows = np.stack([dataset[start:start + context_length + 1] for start in starts]).astype(np.int64)
     return to_tensors(rows[:, :-1], rows[:, 1:], device)
 
 # %% ../nbs/06_dataset.ipynb #fe608c74
 def check_sizes(dataset: np.ndarray, batch_size: int, context_length: int, least: int) -> None:
-    "`ValueError` for a batch without rows, a context without places, or a stream of fewer than `least` ids."
+    "`ValueError` for a batch without rows, a context without places, or a stream that is not flat, not of whole numbers or of fewer than `least` ids."
     for name, value in (("batch_size", batch_size), ("context_length", context_length)):
         if value < 1: raise ValueError(f"{name} must be at least 1, not {value}.")
     if len(dataset) < least:
         raise ValueError(f"The token stream has {len(dataset)} ids; context_length {context_length} needs at least "
                          f"{least}. Use a longer text or a shorter context.")
+    if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
+        raise ValueError(f"A token stream is a flat array of whole numbers, not {dataset.dtype} of shape {dataset.shape}: see open_tokens.")
 
 
 def to_tensors(x: np.ndarray, y: np.ndarray, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -429,7 +448,7 @@ def pad_rows(pieces: Sequence[np.ndarray], context_length: int, pad_id: int) -> 
 
 # %% ../nbs/06_dataset.ipynb #b6a4ef7c
 def get_document_batch(dataset: np.ndarray, starts: np.ndarray, batch_size: int, context_length: int, separator_id: int,
-                       device: str | torch.device = "cpu", rng: np.random.Generator | None = None,
+                       device: str | torch.device = "cpu", rng: np.random.Generator | int | None = None,
                        ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random documents, one a row, as inputs x and targets y, each (batch_size, context_length), int64.
 
@@ -439,7 +458,7 @@ def get_document_batch(dataset: np.ndarray, starts: np.ndarray, batch_size: int,
     """
     if not len(starts): raise ValueError("There are no documents to draw from: `starts` is empty.")
     check_sizes(dataset, batch_size, context_length, 1)
-    chosen = starts[(rng or np.random.default_rng()).integers(len(starts), size=batch_size)]
+    chosen = starts[np.random.default_rng(rng).integers(len(starts), size=batch_size)]
     pieces = [document_piece(dataset[start:start + context_length], separator_id) for start in chosen]
     return to_tensors(*pad_rows(pieces, context_length, separator_id), device)
 

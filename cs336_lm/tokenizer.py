@@ -5,7 +5,7 @@
 # %% ../nbs/05_tokenizer.ipynb #95313215
 from __future__ import annotations
 
-import hashlib, heapq, html, importlib, io, json, os, sys, threading
+import hashlib, heapq, html, importlib, io, json, math, os, sys, threading
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,18 +30,19 @@ __all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_
            'FAST_IDS', 'LARGE_PIECE', 'STORE_TWINS', 'NO_ID', 'NO_RANK', 'SHORT_WORD', 'NO_OFFER', 'CACHE_ROWS',
            'KEY_MASKS', 'AHEAD', 'BLOCK_BYTES', 'DECODE_BLOCK', 'DECODE_IDS', 'TOKEN_COLOURS', 'VIEW_STYLE',
            'merge_in_order', 'merge_by_rank', 'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials',
-           'join_tokens', 'text_parts', 'new_cache', 'remember', 'encode_utf8', 'look_up', 'ByteLevelBPE',
-           'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'byte_to_unicode', 'token_to_text',
-           'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays', 'last_cut', 'Tokenizer', 'save_tokenizer',
-           'read_specials', 'load_tokenizer', 'put_ids', 'copy_16', 'highest_bit', 'part_of', 'store_code', 'pair_row',
-           'pair_group', 'find_rank', 'place_group', 'place_pairs', 'pair_table', 'pair_group_of', 'MergeTables',
-           'merge_tables', 'start_word', 'least_offer', 'merge_step', 'merge_short', 'heap_push', 'heap_pop', 'gather',
-           'push_pair', 'merge_long', 'same_word', 'swap_rows', 'keep_word', 'ask_for_rows', 'find_special',
-           'encode_new', 'keep_ids', 'encode_missing', 'encode_pieces', 'lay_out', 'encode_laid_out', 'encode_16',
-           'encode_32', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder', 'telling', 'load_encoder', 'warm_up',
-           'make_fast', 'TokenTable', 'token_table', 'decode_some', 'decode_array', 'id_array', 'in_order',
-           'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView', 'mergeable_ranks', 'check_all_bytes',
-           'need', 'tiktoken_encoding', 'huggingface_vocab', 'huggingface_tokenizer']
+           'join_tokens', 'text_parts', 'new_cache', 'remember', 'no_text', 'encode_utf8', 'look_up', 'ByteLevelBPE',
+           'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'StreamingBPE', 'byte_to_unicode',
+           'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays', 'last_cut', 'Tokenizer',
+           'save_tokenizer', 'read_specials', 'load_tokenizer', 'put_ids', 'copy_16', 'highest_bit', 'part_of',
+           'store_code', 'pair_row', 'pair_group', 'find_rank', 'place_group', 'place_pairs', 'pair_table',
+           'pair_group_of', 'MergeTables', 'merge_tables', 'start_word', 'least_offer', 'merge_step', 'merge_short',
+           'heap_push', 'heap_pop', 'gather', 'push_pair', 'merge_long', 'same_word', 'swap_rows', 'keep_word',
+           'ask_for_rows', 'find_special', 'encode_new', 'keep_ids', 'encode_missing', 'encode_pieces', 'lay_out',
+           'encode_laid_out', 'encode_16', 'encode_32', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder',
+           'telling', 'load_encoder', 'warm_up', 'make_fast', 'TokenTable', 'token_table', 'decode_some',
+           'decode_array', 'id_array', 'in_order', 'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView',
+           'mergeable_ranks', 'check_all_bytes', 'need', 'tiktoken_encoding', 'huggingface_vocab',
+           'huggingface_tokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #1fe35062
 def merge_in_order(pretoken: bytes, merges: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
@@ -59,9 +60,9 @@ def merge_by_rank(pretoken: bytes, ranks: Mapping[tuple[bytes, bytes], int]) -> 
     "The tokens of one pre-token: join the leftmost pair of lowest rank until no pair has one. O(bytes squared)."
     parts = [pretoken[i:i + 1] for i in range(len(pretoken))]
     while len(parts) > 1:
-        found = [ranks.get(pair, len(ranks)) for pair in zip(parts, parts[1:])]
+        found = [ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
         lowest = min(found)
-        if lowest == len(ranks): break
+        if lowest == math.inf: break
         i = found.index(lowest)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
@@ -115,14 +116,17 @@ def check_merge(left: bytes, right: bytes, ids: Mapping[bytes, int]) -> None:
 
 def append_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens: Iterable[str]) -> None:
     "Give each special token that the vocabulary lacks the next free id, in both tables."
-    for token in (special.encode() for special in special_tokens):
+    for token in map(encode_utf8, special_tokens):
         if token not in ids: ids[token] = max(vocab, default=-1) + 1
         vocab[ids[token]] = token
 
 # %% ../nbs/05_tokenizer.ipynb #5c25f856
 def join_tokens(vocab: Mapping[int, bytes], ids: Iterable[int]) -> bytes:
-    "The bytes of these ids (list, array or tensor); `ValueError` naming the first id that the vocabulary lacks."
-    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    "The bytes of these ids (list, array or tensor, flat); `ValueError` naming the first id that the vocabulary lacks."
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(ids, Iterable): raise TypeError(f"Ids to decode are a flat list, array or tensor, not {ids!r}: for one id write [{ids!r}].")
+    ids = list(ids)
+    if ids and isinstance(ids[0], list): raise ValueError("The ids to decode have more than one axis: decode row by row.")
     try: return b"".join([vocab[id] for id in ids])
     except KeyError:
         bad = next(id for id in ids if id not in vocab)
@@ -152,9 +156,15 @@ def remember(cache: list[tuple[str, tuple[int, ...]]], pretoken: str, ids: tuple
     if len(pretoken) <= CACHE_CHARS and len(ids) <= CACHE_IDS: cache[hash(pretoken) % CACHE_SLOTS] = pretoken, ids
 
 # %% ../nbs/05_tokenizer.ipynb #f802e16a
+def no_text(value) -> TypeError:
+    "The error for what should be a text and is not."
+    return TypeError(f"A text to encode is a str, not {type(value).__name__}: decode bytes first, or give them to encode_array.")
+
+
 def encode_utf8(text: str) -> bytes:
-    "UTF-8 bytes; `ValueError` for half of a surrogate pair, which no valid text holds."
+    "UTF-8 bytes; `TypeError` for what is no str, `ValueError` for half of a surrogate pair, which no valid text holds."
     try: return text.encode("utf-8")
+    except AttributeError: raise no_text(text) from None
     except UnicodeEncodeError as error:
         raise ValueError(f"The text holds the lone surrogate U+{ord(text[error.start]):04X}, which is no character. "
                          f"Read the file as UTF-8 with errors='replace', or repair the text.") from None
@@ -183,7 +193,8 @@ class ByteLevelBPE:
         self._cache = new_cache()
 
     def encode(self, text: str) -> list[int]:
-        "The ids of a text. Raises `ValueError` for a byte that the vocabulary lacks and for lone surrogates."
+        "The ids of a text. Raises `ValueError` for a byte that the vocabulary lacks and for lone surrogates, `TypeError` for no str."
+        if not isinstance(text, str): raise no_text(text)
         return self._ids_of(text_parts(text, self.special_tokens))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -254,10 +265,27 @@ def settled_parts(text: str, special_tokens: Sequence[str],
 
 # %% ../nbs/05_tokenizer.ipynb #f9940e39
 def cut_pieces(pieces: Iterable[str], longest: int, keep: Callable[[str], bool] = lambda piece: False) -> Iterator[str]:
-    "The same text in pieces of at most `longest` characters, but for those to `keep` whole."
+    "The same text in pieces of at most `longest` characters, but for those to `keep` whole. `ValueError` if `longest` is below 1."
+    if longest < 1: raise ValueError(f"block_chars must be at least 1, not {longest}.")
     for piece in pieces:
         if keep(piece): yield piece
         else: yield from (piece[start:start + longest] for start in range(0, len(piece), longest))
+
+# %% ../nbs/05_tokenizer.ipynb #f46d4696
+class StreamingBPE(ByteLevelBPE):
+    "Also streams of text to ids."
+
+    def encode_iterable(self, pieces: Iterable[str], *, block_chars: int = 1024) -> Iterator[int]:
+        "The ids of the joined pieces, one by one and in constant memory, wherever the pieces end."
+        held, waiting, size, beginnings = "", [], 0, proper_beginnings(self.special_tokens)
+        for piece in cut_pieces(pieces, block_chars):
+            waiting.append(piece)
+            size += len(piece)
+            if size < max(block_chars, len(held)): continue
+            parts, held = settled_parts(held + "".join(waiting), self.special_tokens, beginnings)
+            waiting, size = [], 0
+            yield from self._ids_of(parts)
+        yield from self.encode(held + "".join(waiting))
 
 # %% ../nbs/05_tokenizer.ipynb #4e5488cd
 def byte_to_unicode() -> dict[int, str]:
@@ -301,15 +329,20 @@ def read_json(path: str | os.PathLike):
     raise ValueError(f"{path}, line {line}: damaged JSON ({why}). Save or download the file again.")
 
 # %% ../nbs/05_tokenizer.ipynb #e42de219
-def read_vocab(path: str | os.PathLike) -> dict[int, bytes]:
-    "The vocabulary in a GPT-2 `vocab.json`, id to bytes; `ValueError` naming the file where it is damaged."
+def read_vocab(path: str | os.PathLike, special_tokens: Iterable[str] = ()) -> dict[int, bytes]:
+    """The vocabulary in a GPT-2 `vocab.json`, id to bytes; `ValueError` naming the file where it is damaged.
+
+    Some tools write special tokens as they are: where a special token stands so in the file, and its spelling in GPT-2's
+    characters does not, that entry is the special token."""
     content = read_json(path)
     if not isinstance(content, dict) or not all(type(id) is int and id >= 0 for id in content.values()):
         raise ValueError(f"{path}: a vocabulary is one JSON object that maps tokens to ids (0, 1, ...).")
     vocab: dict[int, bytes] = {}
+    plain = {token for token in special_tokens if len(token) > 1 and token_to_text(encode_utf8(token)) not in content}
     for text, id in sorted(content.items(), key=lambda item: item[1]):
-        if id in vocab: raise ValueError(f"{path}: id {id} has two tokens, {vocab[id]!r} and {text_to_token(text)!r}.")
-        vocab[id] = text_to_token(text)
+        token = text.encode() if text in plain else text_to_token(text)
+        if id in vocab: raise ValueError(f"{path}: id {id} has two tokens, {vocab[id]!r} and {token!r}.")
+        vocab[id] = token
     missing = {bytes([byte]) for byte in range(256)} - set(vocab.values())
     if missing: raise ValueError(f"{path}: the byte {min(missing)!r} ({token_to_text(min(missing))!r}) is missing, "
                                  f"{len(missing)} of 256 in all. A byte-level vocabulary has every byte.")
@@ -351,7 +384,7 @@ def last_cut(text: str, special_tokens: Sequence[str]) -> int:
     return next((cut for cut in range(last, max(0, last - 10_000), -1) if is_safe_cut(text, cut, special_tokens)), 0)
 
 # %% ../nbs/05_tokenizer.ipynb #4ddf27ea
-class Tokenizer(ByteLevelBPE):
+class Tokenizer(StreamingBPE):
     """Byte-level BPE as GPT-2 has it: text to ids and back (handout problem `tokenizer`).
 
     `vocab` maps ids to bytes, `merges` are pairs of bytes in the order they were learned, `special_tokens` are strings
@@ -378,6 +411,7 @@ class Tokenizer(ByteLevelBPE):
 
     def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[list[int]]:
         "The ids of each text. `num_threads` (default: the processors, at most 8) serve where compiled code does."
+        if isinstance(texts, (str, bytes)): raise TypeError("encode_batch takes a list of texts, not one text: write [text], or call encode.")
         texts, threads = list(texts), thread_count(num_threads)
         fast = self.fast if pays(sum(map(len, texts))) else None
         if fast is None: return [super(Tokenizer, self).encode(text) for text in texts]
@@ -389,7 +423,8 @@ class Tokenizer(ByteLevelBPE):
         """The ids of the joined pieces, one by one and in constant memory, wherever the pieces end.
 
         Ids come once about `block_chars` characters of text are together. Memory grows only with the longest
-        pre-token, since no id of it can be known before its end, and with the longest piece."""
+        pre-token, since no id of it can be known before its end, and with the longest piece. Large pieces go through
+        compiled code once it is loaded, or if they are worth loading it. `ValueError` for `block_chars` below 1."""
         held, waiting, size, beginnings = "", [], 0, proper_beginnings(self.special_tokens)
         for piece in cut_pieces(pieces, block_chars, keep=self._large):
             waiting.append(piece)
@@ -406,19 +441,20 @@ class Tokenizer(ByteLevelBPE):
 
     def decode(self, ids: Iterable[int]) -> str:
         "The text of these ids, U+FFFD for malformed bytes; `ValueError` naming an id that the vocabulary lacks."
-        ids = ids if hasattr(ids, "__len__") else list(ids)
+        ids = ids if hasattr(ids, "__len__") or not isinstance(ids, Iterable) else list(ids)
         data = self._decoded(ids)
         return str(join_tokens(self.vocab, ids) if data is None else data.getbuffer(), "utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         "The bytes of these ids, which may end inside a character; `ValueError` naming an unknown id."
-        ids = ids if hasattr(ids, "__len__") else list(ids)
+        ids = ids if hasattr(ids, "__len__") or not isinstance(ids, Iterable) else list(ids)
         data = self._decoded(ids)
         return join_tokens(self.vocab, ids) if data is None else data.getvalue()
 
     def _decoded(self, ids: Sequence[int]) -> io.BytesIO | None:
         "What compiled code makes of the ids; None if the clear version must serve, or say what is wrong."
-        if len(ids) < (FAST_IDS if _loaded else LOAD_CHARS) or not self.fast or not self._token_table: return None
+        few = not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) == 0 or len(ids) < (FAST_IDS if _loaded else LOAD_CHARS)
+        if few or not self.fast or not self._token_table: return None
         flat = id_array(ids)
         return None if flat is None else decode_array(self._token_table, flat)
 
@@ -456,7 +492,8 @@ class Tokenizer(ByteLevelBPE):
 
         Raises `FileNotFoundError`, and `ValueError` naming file and line where one is damaged.
         """
-        vocab = read_vocab(vocab_path)
+        special_tokens = check_special_tokens(special_tokens or ())
+        vocab = read_vocab(vocab_path, special_tokens)
         return cls(vocab, read_merges(merges_path, invert_vocab(vocab)), special_tokens)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -474,16 +511,16 @@ class Tokenizer(ByteLevelBPE):
         return TokenView(tuple([self.vocab[id] for id in ids[:limit]]), tuple(ids[:limit]), max(0, len(ids) - limit))
 
     def to_tiktoken(self, name: str = "cs336_lm") -> tiktoken.Encoding:
-        """The same tokenizer for `tiktoken`, ids identical: `encode(text, allowed_special=set(special_tokens))`.
+        """The same tokenizer for `tiktoken`: `encode(text, allowed_special=set(special_tokens))`.
 
-        Raises `ValueError` where `tiktoken` would give other ids (the chapter says when), `ImportError` without it.
+        Ids are identical but beside characters that are so new that the two libraries' Unicode tables differ. Raises `ValueError` where `tiktoken` would give other ids (the chapter says when), `ImportError` without it.
         """
         return tiktoken_encoding(self, name)
 
     def to_huggingface(self) -> tokenizers.Tokenizer:
-        """The same tokenizer for Hugging Face's `tokenizers`, ids identical; its `save` writes a `tokenizer.json`.
+        """The same tokenizer for Hugging Face's `tokenizers`; its `save` writes a `tokenizer.json`.
 
-        Raises `ValueError` where it could not give the same ids, `ImportError` without the library.
+        Ids are identical but beside characters that are so new that the two libraries' Unicode tables differ. Raises `ValueError` where it could not give the same ids, `ImportError` without the library.
         """
         return huggingface_tokenizer(self)
 
@@ -498,8 +535,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     vocab = {token_to_text(token): id for id, token in sorted(tokenizer.vocab.items())}
     merges = "".join(f"{token_to_text(left)} {token_to_text(right)}\n" for left, right in tokenizer.merges)
     meta = {"trained_on": tokenizer.trained_on, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
-    texts = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "#version: 0.2\n" + merges,
-             "special_tokens.json": json.dumps(tokenizer.special_tokens, ensure_ascii=False),
+    texts = {"special_tokens.json": json.dumps(tokenizer.special_tokens, ensure_ascii=False),
+             "vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "#version: 0.2\n" + merges,
              "meta.json": json.dumps(meta, ensure_ascii=False, indent=1) + "\n"}
     for name, text in texts.items():
         with write_aside(directory / name, "w") as file: file.write(text)
@@ -518,6 +555,9 @@ def load_tokenizer(cls: type[Tokenizer], directory: Path) -> Tokenizer:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} holds no tokenizer: {name} is missing. Train one with `cs336 bpe`.")
     specials, meta = directory / "special_tokens.json", directory / "meta.json"
+    if specials.is_file() and not meta.is_file():
+        raise ValueError(f"{directory} is not a whole tokenizer: special_tokens.json is there, meta.json, which is written last, is not. "
+                         "Save the tokenizer again; or read vocab.json and merges.txt by Tokenizer.from_files.")
     tokenizer = cls.from_files(directory / "vocab.json", directory / "merges.txt",
                                read_specials(specials) if specials.is_file() else None)
     if meta.is_file(): _check_meta(tokenizer, read_json(meta), directory)
@@ -527,7 +567,8 @@ def load_tokenizer(cls: type[Tokenizer], directory: Path) -> Tokenizer:
 def _check_meta(tokenizer: Tokenizer, meta: dict, directory: Path) -> None:
     if not isinstance(meta, dict) or meta.get("sha256", tokenizer.sha256) != tokenizer.sha256:
         raise ValueError(f"{directory}: the files do not fit together, meta.json names another tokenizer than the "
-                         f"other files make. Save the tokenizer again, or remove meta.json if the change was meant.")
+                         f"other files make. Save the tokenizer again; if the change was meant, read the files by "
+                         f"Tokenizer.from_files and save that.")
     tokenizer.trained_on = meta.get("trained_on")
 
 # %% ../nbs/05_tokenizer.ipynb #c16f4d0e
@@ -1326,6 +1367,7 @@ def tiktoken_encoding(tokenizer: ByteLevelBPE, name: str):
     "A `tiktoken.Encoding` with the same ids, or `ValueError`."
     tiktoken, specials = need("tiktoken"), sorted(tokenizer.special_tokens)
     check_all_bytes(tokenizer)
+    if b"" in tokenizer._ids: raise ValueError(f"The vocabulary has an empty token, id {tokenizer._ids[b'']}: tiktoken would find it everywhere.")
     for one, next_one in zip(specials, specials[1:]):  # sorted, what begins another stands right before one of those
         if next_one.startswith(one):
             raise ValueError(f"The special token {one!r} begins {next_one!r}: tiktoken may take either.")

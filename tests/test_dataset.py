@@ -123,10 +123,49 @@ def test_failure_leaves_no_half_file(encoded, tmp_path):
     with pytest.raises(ValueError, match="bad.txt.*90"):
         encode_file(tokenizer, tmp_path / "bad.txt", tmp_path / "bad.npy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "tales.json", "tales.npy", "tales.txt"]
-    # An old pair must not end as new ids with an old description, or the other way round.
+    # An old pair stays whole until the new one is.
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="bad.txt"):
         encode_file(tokenizer, tmp_path / "bad.txt", tmp_path / "tales.npy")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    open_tokens(tmp_path / "tales.npy", tokenizer.sha256)
+
+
+def test_an_old_description_never_stands_beside_new_ids(encoded, tmp_path, monkeypatch):
+    (tmp_path / "other.txt").write_text(f"another tale{END}")
+    def broken(about): raise OSError("no space left")
+    monkeypatch.setattr(chapter, "write_sidecar", broken)
+    with pytest.raises(OSError, match="no space"): encode_file(tokenizer, tmp_path / "other.txt", tmp_path / "tales.npy")
     with pytest.raises(FileNotFoundError, match="tales.json"): open_tokens(tmp_path / "tales.npy", tokenizer.sha256)
+
+
+@pytest.mark.parametrize("text, output", [("a.json", "a.npy"), ("a.npy", "a.npy")])
+def test_an_input_is_never_written_over(tmp_path, text, output):
+    (tmp_path / text).write_text(f"a tale{END}")
+    with pytest.raises(ValueError, match=f"{text} would be written over.*another name"): encode_file(tokenizer, tmp_path / text, tmp_path / output)
+    assert [path.name for path in tmp_path.iterdir()] == [text] and (tmp_path / text).read_text() == f"a tale{END}"
+
+
+def test_a_json_that_is_no_description_is_kept(tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "a.txt").write_text(f"a tale{END}")
+    kept = (tmp_path / "vocab.json").read_bytes()
+    with pytest.raises(ValueError, match="vocab.json is no description.*vocab.npy another name"):
+        encode_file(tokenizer, tmp_path / "a.txt", tmp_path / "vocab.npy")
+    assert (tmp_path / "vocab.json").read_bytes() == kept and not (tmp_path / "vocab.npy").exists()
+
+
+def test_streams_of_another_kind_are_refused():
+    for stream in (np.zeros((20, 5), np.int64), np.zeros(20)):
+        with pytest.raises(ValueError, match="flat array of whole numbers"): get_batch(stream, 2, 3)
+
+
+def test_a_batch_by_seed():
+    stream = np.arange(100)
+    for seed in (0, 1):
+        x, y = get_batch(stream, 8, 5, rng=seed)
+        again, _ = get_batch(stream, 8, 5, rng=np.random.default_rng(seed))
+        assert torch.equal(x, again)
 
 
 def test_input_faults(tmp_path):

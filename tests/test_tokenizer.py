@@ -112,6 +112,15 @@ def test_a_merge_that_stands_there_twice_counts_where_it_stands_first():
     assert merge_in_order(b"abc", merges) == [b"ab", b"c"]
 
 
+@pytest.mark.parametrize("word", ["cd", "abcd", "abcdabcd", "cdcdcdcdcd"])
+def test_merges_after_one_that_stands_there_twice_count(word):
+    merges = [(b"a", b"b"), (b"a", b"b"), (b"a", b"b"), (b"c", b"d")]
+    made = Tokenizer(dict(enumerate([*(bytes([b]) for b in range(256)), b"ab", b"cd"])), merges)
+    expected = [made.token_to_id(token) for token in merge_in_order(word.encode(), merges)]
+    for merge in (merge_by_rank, merge_with_heap): assert [made.token_to_id(t) for t in merge(word.encode(), made._ranks)] == expected
+    assert made.encode(word) == expected
+
+
 def test_decode_malformed_bytes_and_foreign_ids():
     e_acute = [plain.token_to_id(bytes([byte])) for byte in "é".encode()]
     assert plain.decode(e_acute) == "é" and plain.decode(e_acute[:1]) == "\ufffd"
@@ -534,3 +543,43 @@ def test_view_is_limited_and_shows_halves_of_characters():
     bare = Tokenizer(dict(enumerate(BYTES)), [])
     assert repr(bare.show("é\n")) == r"\xc3|\xa9|\n" and bare.show("é\n")._repr_html_().count("<br>") == 1
     assert repr(bare.show("")) == ""
+
+
+# ---- ordinary mistakes
+
+@pytest.mark.parametrize("call, kind, message", [
+    (lambda: plain.encode(b"the"), TypeError, "str, not bytes: decode"), (lambda: plain.encode(["the"]), TypeError, "str, not list"),
+    (lambda: plain.encode_batch("the"), TypeError, "list of texts"), (lambda: list(plain.encode_iterable(["abc"], block_chars=0)), ValueError, "at least 1, not 0"),
+    (lambda: list(plain.encode_iterable(["abc"], block_chars=-5)), ValueError, "at least 1, not -5"),
+    (lambda: plain.decode(5), TypeError, r"write \[5\]"), (lambda: plain.decode(np.array(5)), TypeError, "flat list"),
+    (lambda: plain.decode(np.zeros((200, 2), int)), ValueError, "row by row"), (lambda: plain.decode_bytes([[1], [2]]), ValueError, "row by row"),
+    (lambda: Tokenizer(VOCAB, MERGES, ["\ud800"]), ValueError, "lone surrogate")])
+def test_mistakes_are_told(call, kind, message):
+    with pytest.raises(kind, match=message): call()
+
+
+def test_an_empty_token_does_not_go_to_tiktoken():
+    pytest.importorskip("tiktoken")
+    with pytest.raises(ValueError, match="empty token, id"): Tokenizer(VOCAB | {len(VOCAB): b""}, MERGES).to_tiktoken()
+
+
+def test_special_tokens_that_a_file_writes_as_they_are(tmp_path):
+    plain.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    vocab["‹début>"] = vocab["<é>"] = None
+    for number, name in enumerate(("‹début>", "<é>"), start=len(VOCAB)): vocab[name] = number
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    made = Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", ["‹début>", "<é>"])
+    assert made.encode("‹début>a<é>") == [len(VOCAB), plain.token_to_id(b"a"), len(VOCAB) + 1] and made.vocab_size == len(VOCAB) + 2
+
+
+def test_a_folder_that_was_not_finished_is_refused(tmp_path, monkeypatch):
+    original, written = chapter.write_aside, []
+    def breaks(path, mode="wb"):
+        if len(written) == 3: raise KeyboardInterrupt
+        written.append(path.name)
+        return original(path, mode)
+    monkeypatch.setattr(chapter, "write_aside", breaks)
+    with pytest.raises(KeyboardInterrupt): Tokenizer(VOCAB, MERGES, [END]).save(tmp_path)
+    assert written[0] == "special_tokens.json"
+    with pytest.raises(ValueError, match="not a whole tokenizer.*Save the tokenizer again"): Tokenizer.load(tmp_path)

@@ -271,7 +271,7 @@ class Checks:
 
 
 def any_merges(rng: random.Random, tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
-    "Merges of any two tokens that there are by then."
+    "Merges of any two tokens that there are by then; some may stand there more than once."
     merges, made = [], {bytes([b]) for b in range(256)}
     if rng.random() < 0.7:  # tokens of up to 64 bytes
         merges = [(b"a" * n, b"a" * n) for n in (1, 2, 4, 8, 16, 32)]
@@ -279,7 +279,9 @@ def any_merges(rng: random.Random, tokens: list[bytes]) -> list[tuple[bytes, byt
         made |= {left + right for left, right in merges}
     for _ in range(rng.randint(1, 40)):
         left, right = rng.choice(tokens), rng.choice(tokens)
-        if {left, right} <= made and len(left + right) < 30 and (left, right) not in merges:
+        again = merges and rng.random() < 0.1
+        if again: left, right = rng.choice(merges)
+        if again or {left, right} <= made and len(left + right) < 30 and (left, right) not in merges:
             merges.append((left, right))
             tokens.append(left + right)
             made.add(left + right)
