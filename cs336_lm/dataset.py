@@ -31,7 +31,7 @@ __all__ = ['SHARD_BYTES', 'SHARDS_AHEAD', 'IGNORE_INDEX', 'T', 'token_dtype', 'i
            'sidecar_path', 'write_sidecar', 'DocumentCounter', 'describe_files', 'name_of', 'text_description',
            'encode_clear', 'check_separators', 'byte_bar', 'with_bar', 'BlockReader', 'read_block', 'check_unchanged',
            'raise_not_utf8', 'encode_block', 'encode_blocks', 'encode_in_threads', 'encode_whole', 'unpack_tokenizer',
-           'encode_shard', 'encode_shards', 'encode_in_executor', 'check_output', 'encode_file', 'map_npy',
+           'encode_shard', 'encode_shards', 'encode_in_executor', 'check_output', 'encode_file', 'is_npy', 'map_npy',
            'read_token_file', 'open_tokens', 'get_batch', 'check_sizes', 'to_tensors', 'document_starts', 'pad_rows',
            'get_document_batch', 'document_piece', 'stream_pieces', 'document_pieces', 'padded_batches',
            'evaluation_batches', 'document_evaluation_batches', 'reservoir_sample', 'sample_documents',
@@ -350,8 +350,14 @@ def encode_file(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.P
     return about
 
 # %% ../nbs/06_dataset.ipynb #3c8b4391
+def is_npy(path: str | os.PathLike) -> bool:
+    "Whether a file begins as `.npy` files do; `FileNotFoundError` and `IsADirectoryError` pass."
+    with open(path, "rb") as file: return file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+
+
 def map_npy(path: str | os.PathLike) -> np.ndarray:
     "A flat `.npy` of integers, mapped read-only; `ValueError` where it is damaged or something else."
+    if not is_npy(path): raise ValueError(f"{path} is no .npy file of token ids; make one from a text: cs336 encode.")
     try: tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a whole .npy file ({error}). Encode the text again.") from None
@@ -371,7 +377,7 @@ def read_token_file(path: str | os.PathLike) -> TokenFile:
         raise FileNotFoundError(f"{sidecar}, the description of {path}, is missing. Encode the text again.")
     content = read_json(sidecar)
     try: about = TokenFile(**(content | {"path": Path(path)}))
-    except TypeError as error: raise ValueError(f"{sidecar} does not describe a token file ({error}).") from None
+    except TypeError: raise ValueError(f"{sidecar} does not describe a token file. Encode the text again.") from None
     if not isinstance(about.tokenizer, dict) or "sha256" not in about.tokenizer:
         raise ValueError(f"{sidecar} does not name the tokenizer by its sha256. Encode the text again.")
     return about
