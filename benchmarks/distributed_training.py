@@ -5,7 +5,7 @@
     python benchmarks/distributed_training.py --tokens T.npy --speed             instead: tokens a second, compiled, 256 rows a rank
 
 A plain program: it starts torchrun itself, three times. One process trains with the whole batch; `--ranks` processes do the same with
-DDP and with FSDP2, in float32 and (on GPUs) bfloat16; then a rank is killed within a step, once under each, and the run is resumed:
+DDP and with FSDP2, in float32 and (on GPUs) bfloat16; then a rank is killed between two steps, once under each, and the run is resumed:
 under DDP on as many processes, under FSDP2, from its shards, on one. Neither compiled code nor chapter 09b's kernels: FSDP2 has not the same.
 """
 import sys

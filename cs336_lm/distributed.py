@@ -26,12 +26,12 @@ from .optimization import clip_gradients
 from .transformer import ModelConfig, TransformerBlock, TransformerLM
 
 # %% auto #0
-__all__ = ['T', 'RANK_VARIABLES', 'STRATEGIES', 'SHARDS_SCHEMA', 'INDEX_NAMES', 'World', 'read_world', 'PeerError',
+__all__ = ['T', 'RANK_VARIABLES', 'STRATEGIES', 'SHARDS_SCHEMA', 'OLD', 'INDEX_NAMES', 'World', 'read_world', 'PeerError',
            'failure_line', 'processes', 'rank_slice', 'sum_over_ranks', 'mean_over_ranks', 'target_share', 'any_rank',
            'on_rank_0', 'deal_batches', 'shard_model', 'distribute_model', 'ModelCall', 'bare_model',
-           'gradients_stay_local', 'own_rows', 'clip_gradients_over_ranks', 'save_shards', 'read_shards', 'load_shards',
-           'numbered_state', 'merge_shards', 'spread_state', 'named_state', 'gather_state', 'unit_parameters',
-           'activation_bytes', 'rank_bytes', 'sent_bytes', 'Cluster', 'Plan', 'plan_step']
+           'gradients_stay_local', 'own_rows', 'clip_gradients_over_ranks', 'save_shards', 'bring_back', 'read_shards',
+           'load_shards', 'numbered_state', 'merge_shards', 'spread_state', 'named_state', 'gather_state',
+           'unit_parameters', 'activation_bytes', 'rank_bytes', 'sent_bytes', 'Cluster', 'Plan', 'plan_step']
 
 # %% ../nbs/10b_distributed.ipynb #af75fbf4
 @dataclass(frozen=True)
@@ -409,14 +409,26 @@ def _sync(folder: Path) -> None:
 
 # %% ../nbs/10b_distributed.ipynb #40b295c4
 def _finish(aside: Path, folder: Path, state: dict) -> None:
-    "Write the state, which makes the folder whole, and give it its name; one that has the name already goes."
+    "Write the state, which makes the folder whole, and give it its name; one that has the name already goes, or stays where that fails."
     with write_aside(aside / "state.pt") as file: torch.save(state, file)
     _sync(aside)
-    old = folder.with_name(f"{aside.name[:-4]}.old.tmp")
-    if folder.exists(): os.replace(folder, old)
-    os.replace(aside, folder)
+    old = folder.with_name(f"{folder.name}{OLD}")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a kill right after the renames
+        os.replace(folder, old)
+    try: os.replace(aside, folder)
+    finally: bring_back(old)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+OLD = ".old.tmp"
+
+
+def bring_back(old: Path) -> None:
+    "Give a folder that was put aside its name back, unless a new one has it (a kill between two renames may leave it so)."
+    folder = old.with_name(old.name.removesuffix(OLD))
+    if old.exists() and not folder.exists(): os.rename(old, folder)
 
 # %% ../nbs/10b_distributed.ipynb #52df153d
 INDEX_NAMES = {

@@ -22,9 +22,9 @@ from .transformer import TransformerLM
 
 # %% ../nbs/12_generation.ipynb #f277f702
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    "softmax(logits / temperature) over the last dimension; 0 is greedy (of equal logits the smallest id)."
+    "softmax(logits / temperature) over the last dimension; 0 (or too small for float32) is greedy: of equal logits the smallest id."
     logits = logits.float()
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     return softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
 
@@ -48,7 +48,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     "Raise a ValueError that names the value if one of the sampling settings makes no sense."
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}; it must be a finite number, 0 (greedy) or more")
-    if top_k is not None and not (top_k == int(top_k) and top_k >= 1):
+    if top_k is not None and not (math.isfinite(top_k) and top_k == int(top_k) and top_k >= 1):
         raise ValueError(f"top_k is {top_k}; it must be a whole number of tokens, 1 or more, or None to keep all")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be a probability above 0 and at most 1, or None to keep all")
@@ -109,13 +109,14 @@ def next_logits(model: TransformerLM, ids: Tensor, cache: list[KeyValueCache]) -
 
 # %% ../nbs/12_generation.ipynb #5494a8ab
 def check_prompt(model: TransformerLM, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    "The prompt as a list; ValueError if it is empty or holds an id outside the vocabulary, or for a negative length."
+    "The prompt as a list; ValueError if it is empty or holds an id outside the vocabulary, or for a length below 0 or not whole."
     ids, vocab_size = [int(i) for i in prompt_ids], model.config.vocab_size
     if not ids: raise ValueError("the prompt has no tokens: give at least one, for instance the id of <|endoftext|>")
     if wrong := [i for i in ids if not 0 <= i < vocab_size]:
         raise ValueError(f"the prompt holds the id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}; "
                          "encode it with the tokenizer of the model")
-    if max_new_tokens < 0: raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if max_new_tokens < 0 or max_new_tokens != int(max_new_tokens):
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be a whole number, 0 or more")
     return ids
 
 # %% ../nbs/12_generation.ipynb #54370cbb

@@ -26,7 +26,7 @@ from .accounting import flops_per_token
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
-from .distributed import (ModelCall, World, any_rank, clip_gradients_over_ranks, deal_batches,
+from .distributed import (OLD, ModelCall, World, any_rank, bring_back, clip_gradients_over_ranks, deal_batches,
                                   distribute_model, gather_state, gradients_stay_local, load_shards, mean_over_ranks,
                                   on_rank_0, own_rows, processes, rank_bytes, rank_slice, read_shards, read_world,
                                   save_shards, spread_state, sum_over_ranks, target_share)
@@ -50,9 +50,9 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'QUEUED_SECONDS', 'DIVERGED_NATS'
            'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'has_work',
            'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
            'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run',
-           'make_room', 'prepare_saving', 'finish_saving', 'newest_checkpoint', 'open_run', 'StopRequest',
-           'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train', 'connected', 'summary_writer',
-           'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
+           'make_room', 'prepare_saving', 'sync_log', 'finish_saving', 'newest_checkpoint', 'open_run', 'FolderLock',
+           'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train', 'connected',
+           'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -134,12 +134,22 @@ def _check_weights(model: nn.Module, saved: dict[str, Tensor], name: object) -> 
             raise ValueError(f"{name} does not fit the model: {key} has shape {other.get(key)} there, {own.get(key)} "
                              "in the model; build the model with the configuration it was saved with")
 
+# %% ../nbs/11_training.ipynb #ad1a56c5
+def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict, name: object) -> None:
+    "`ValueError` unless the saved state has as many parameters in each group, and the settings that this optimizer steps by."
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.state_dict()["param_groups"])]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{name} has the state of an optimizer with groups of {sizes[0]} parameters, this one's are {sizes[1]}; make it as it was when the file was saved")
+    lacking = {"lr", "betas", "eps", "momentum"} & optimizer.param_groups[0].keys() - saved["param_groups"][0].keys()
+    if lacking: raise ValueError(f"{name} has the state of another kind of optimizer: it lacks {', '.join(sorted(lacking))}; use the kind it was saved with")
+
 # %% ../nbs/11_training.ipynb #7485352d
 def load_checkpoint(src: str | os.PathLike | BinaryIO, model: nn.Module,
                     optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bring model and optimizer back to where `save_checkpoint` left them; the iteration it was given.
 
-    Raises `FileNotFoundError`, or `ValueError` for a damaged file or another model's. Handout problem checkpointing.
+    Raises `FileNotFoundError`, or `ValueError` for a damaged file or another model's or optimizer's; then both are as
+    they were. Handout problem checkpointing.
     """
     state = read_checkpoint(src)
     _restore(state, model, optimizer, _name_of(src))
@@ -149,8 +159,10 @@ def load_checkpoint(src: str | os.PathLike | BinaryIO, model: nn.Module,
 def _restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None, name: object) -> None:
     model = getattr(model, "_orig_mod", model)
     _check_weights(model, state["model"], name)
+    if optimizer is not None:
+        _check_optimizer(optimizer, state["optimizer"], name)
+        optimizer.load_state_dict(state["optimizer"])
     model.load_state_dict(state["model"])
-    if optimizer is not None: optimizer.load_state_dict(state["optimizer"])
 
 # %% ../nbs/11_training.ipynb #abd67f19
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +207,10 @@ class TrainConfig:
     def __post_init__(self) -> None: _check_config(self)
 
 # %% ../nbs/11_training.ipynb #174565a9
-def _whole(least: int) -> Callable[[object], bool]: return lambda v: isinstance(v, int) and v >= least
-def _real(holds: Callable) -> Callable[[object], bool]: return lambda v: isinstance(v, (int, float)) and holds(v)
+def _number(v: object, kinds: tuple = (int, float)) -> bool: return isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v)
+def _whole(least: int) -> Callable[[object], bool]: return lambda v: _number(v, (int,)) and v >= least
+def _real(holds: Callable) -> Callable[[object], bool]: return lambda v: _number(v) and holds(v)
+def _pair(v: object) -> bool: return isinstance(v, (tuple, list)) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v)
 
 # %% ../nbs/11_training.ipynb #af3346f2
 _RULES = [
@@ -205,9 +219,11 @@ _RULES = [
     ("batch_size steps eval_batch_size log_every", _whole(1), "a whole number of at least 1"),
     ("warmup_steps seed eval_every checkpoint_every keep_checkpoints micro_batch", _whole(0),
      "a whole number of at least 0"),
-    ("max_lr max_grad_norm eps", _real(lambda v: v > 0), "above 0"),
-    ("min_lr weight_decay memory_gb", _real(lambda v: v >= 0), "at least 0"),
-    ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
+    ("model", lambda v: isinstance(v, ModelConfig), "a ModelConfig"),
+    ("max_lr eps", _real(lambda v: v > 0), "a finite number above 0"),
+    ("max_grad_norm", _real(lambda v: v > 0), "a finite number above 0; a very large one, 1e9, never clips"),
+    ("min_lr weight_decay memory_gb", _real(lambda v: v >= 0), "a finite number of at least 0"),
+    ("betas", _pair, "two numbers from 0 to below 1"),
     ("strategy", ("ddp", "fsdp").__contains__, "'ddp' or 'fsdp'"),
     ("rows", ("stream", "documents").__contains__, "'stream' or 'documents'"),
     ("precision", ("auto", "fp32", "tf32", "bf16").__contains__, "'auto', 'fp32', 'tf32' or 'bf16'"),
@@ -248,7 +264,7 @@ def load_config(run: str | os.PathLike) -> TrainConfig:
     file = Path(run) / "config.json"
     if not file.is_file(): raise FileNotFoundError(f"no run in {run}: it has no config.json; name a run's folder")
     try: config = config_from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no run's configuration ({error}); name a run's folder") from error
     folder = Path(run).resolve()
     return replace(config, name=folder.name, runs_dir=str(folder.parent))
@@ -370,6 +386,8 @@ def open_rows(path: str | os.PathLike, model: ModelConfig, rows: str = "stream",
     if not Path(path).is_file(): raise FileNotFoundError(f"no token file {path}; make it with cs336 encode")
     tokens = open_tokens(path, tokenizer.sha256 if tokenizer else None)
     file = read_token_file(path)
+    if not isinstance(file.tokenizer.get("vocab_size"), int):
+        raise ValueError(f"the description of {path} does not say its tokenizer's vocab_size; encode the text again")
     if file.tokenizer["vocab_size"] > model.vocab_size:
         raise ValueError(f"{path} has ids up to {file.tokenizer['vocab_size'] - 1}, but the model's vocab_size is "
                          f"{model.vocab_size}; set it to at least {file.tokenizer['vocab_size']}")
@@ -404,6 +422,7 @@ def _open_document_rows(file: TokenFile, tokens: np.ndarray, model: ModelConfig,
     if tokenizer is None: raise ValueError("rows='documents' needs the tokenizer's folder, to know the separator's id")
     separator = tokenizer.token_to_id(END_OF_TEXT)
     starts = document_starts(tokens, separator)
+    if not len(starts): raise ValueError(f"{file.path} has no tokens; encode a text that is not empty")
     if len(starts) == 1 and tokens[-1] != separator:
         raise ValueError(f"{file.path} has no {END_OF_TEXT} between documents; use rows='stream'")
     return TokenRows(file, tokens, model.context_length, separator, starts)
@@ -631,6 +650,7 @@ class Run:
     saving: Future | None = None  # a checkpoint that is being written beside the training
     evaluation: dict | None = None  # the last one's log line
     listeners: list[Callable[[dict], None]] = field(default_factory=list)  # told of every line of the log
+    lock: FolderLock | None = None  # closed, it gives the folder free
 
     @property
     def device(self) -> torch.device: return torch.device(self.config.device)
@@ -640,6 +660,7 @@ class Run:
         self.train_step.work = self.train_step.step
         self.train_step.model.zero_grad()
         if isinstance(self.batch, Prefetch): self.batch.close()
+        if self.lock: self.lock.close()
 
 # %% ../nbs/11_training.ipynb #e3e7cd24
 def _compiled(function: Callable, backend: str) -> Callable:
@@ -1064,8 +1085,9 @@ def log_step(run: Run) -> dict:
 
 # %% ../nbs/11_training.ipynb #e773697e
 def loop_rate(records: list[dict]) -> float:
-    "Tokens a second from a log's first step line to its last; only the time of evaluations is left out."
+    "Tokens a second from a log's first step line to its last; only the time of evaluations is left out. `ValueError` for fewer than two."
     steps = [r for r in records if r["kind"] == "step"]
+    if len(steps) < 2: raise ValueError(f"a rate needs two lines of steps, the log has {len(steps)}: log more often, or train longer")
     first, last = steps[0], steps[-1]
     between = lambda record: record["kind"] == "eval" and first["step"] <= record["step"] < last["step"]
     evaluating = sum(record["eval_seconds"] for record in filter(between, records))
@@ -1126,6 +1148,7 @@ def _save_sharded(run: Run, path: Path) -> Path:
         on_rank_0(lambda: _write(state, path, _keep(run)))
         return path
     path = path.with_suffix(".shards")
+    on_rank_0(lambda: sync_log(run.folder))
     save_shards(path, model, run.optimizer, run.step, schema=CHECKPOINT_SCHEMA, **_extra(run))
     on_rank_0(lambda: _prune(run.folder, _keep(run)))
     return path
@@ -1151,8 +1174,15 @@ def prepare_saving(run: Run) -> None:
 def _write(state: dict, path: Path, keep: tuple[int, int | None], wait: Callable[[], None] = lambda: None) -> None:
     "Write a checkpoint; of its folder the newest `keep[0]` stay, and the one of step `keep[1]`."
     wait()
+    sync_log(path.parent.parent)
     with write_aside(path) as file: torch.save(state, file)
     _prune(path.parent.parent, keep)
+
+
+def sync_log(folder: Path) -> None:
+    "Force the log to the disk: after a power cut it must not be older than the checkpoint that is about to be written."
+    if (folder / "log.jsonl").is_file():
+        with open(folder / "log.jsonl", "rb+") as file: os.fsync(file.fileno())
 
 
 def _prune(folder: Path, keep: tuple[int, int | None]) -> None:
@@ -1188,8 +1218,12 @@ def _flat(nested: dict, prefix: str = "") -> dict:
 
 def _check_same_run(saved: dict, run: Run, name: Path) -> None:
     "`ValueError` where a checkpoint's settings or data contradict those of the run that would resume it."
-    old = _flat(saved["config"] | {"data": saved["data"]})
-    new = _flat(asdict(run.config) | {"data": run.data})
+    _check_same(saved["config"] | {"data": saved["data"]}, asdict(run.config) | {"data": run.data}, name)
+
+
+def _check_same(saved: dict, asked: dict, name: Path) -> None:
+    "`ValueError` naming the first setting that differs, of those that shape the result."
+    old, new = _flat(saved), _flat(asked)
     wrong = [key for key in new if key not in FREE_ON_RESUME and key in old and old[key] != new[key]]
     if wrong: raise ValueError(f"{name} contradicts the configuration: {wrong[0]} was {old[wrong[0]]!r} and is now "
                                f"{new[wrong[0]]!r}; resume with the old value, or start a run under another name")
@@ -1244,8 +1278,19 @@ def _restore_run(run: Run, file: Path, state: dict) -> None:
 def _take_up(run: Run, found: tuple[Path, dict] | None) -> None:
     "Take up a run where its newest checkpoint left it, or at step 0 if it has none."
     if found: _restore_run(run, *found)
+    else: on_rank_0(lambda: _keep_log(run.folder))
     records = on_rank_0(lambda: _clean_folder(run))
+    if (logged := max([r.get("step", 0) for r in records], default=0)) + len(run.losses) < run.step:
+        warnings.warn(f"{run.folder}/log.jsonl ends at step {logged}, before the checkpoint's {run.step}: the lines between are lost", stacklevel=2)
     run.evaluation = next((r for r in reversed(records) if r["kind"] == "eval"), None)
+
+
+def _keep_log(folder: Path) -> None:
+    "Before a run without a checkpoint starts over: put a log that has steps aside, and say so."
+    log = folder / "log.jsonl"
+    if log.is_file() and '"kind": "step"' in log.read_text(encoding="utf-8", errors="replace"):
+        os.replace(log, old := folder / "log.jsonl.old")
+        warnings.warn(f"{folder} has no checkpoint: it starts over at step 1; the former log is now {old.name}", stacklevel=3)
 
 
 def _clean_folder(run: Run) -> list[dict]:
@@ -1255,10 +1300,13 @@ def _clean_folder(run: Run) -> list[dict]:
 
 # %% ../nbs/11_training.ipynb #33e195e4
 def _fill_folder(run: Run, asked: TrainConfig) -> None:
-    "Put into the run's folder what is not there: the configuration as asked for, the tokenizer, the log's header."
+    "Put into the run's folder what is not there: the configuration as asked for (files that have moved are put right), the tokenizer, the log's header."
     (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if not (run.folder / "config.json").exists():
-        with write_aside(run.folder / "config.json", "w") as file: json.dump(asdict(asked), file, indent=2)
+    config = run.folder / "config.json"
+    saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else asdict(asked)
+    moved = {name: getattr(asked, name) for name in ("train_tokens", "valid_tokens", "tokenizer")}
+    if not config.exists() or saved != saved | moved:
+        with write_aside(config, "w") as file: json.dump(saved | moved, file, indent=2, allow_nan=False)
     if run.tokenizer and not (run.folder / "tokenizer").exists(): run.tokenizer.save(run.folder / "tokenizer")
     log = run.folder / "log.jsonl"
     if not log.exists() or not log.stat().st_size: append_log(run, _header(run))
@@ -1280,7 +1328,11 @@ def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None 
     "A new run in a new folder, or one taken up again. All that can be wrong is found before anything is written."
     folder = Path(asked.runs_dir) / asked.name
     on_rank_0(lambda: _check_folder(folder, resume))
+    locks: list[FolderLock] = []  # of rank 0
+    if resume: on_rank_0(lambda: locks.append(_lock_run(folder)))
     found = newest_checkpoint(folder) if resume else None
+    if found: _check_entries(*found)
+    elif resume: on_rank_0(lambda: _check_start_over(folder, asked))
     if found and asked.precision == "auto": asked = replace(asked, precision=found[1]["config"]["precision"])
     resolved = resolve_config(asked, world)
     _check_shares(resolved, world)
@@ -1289,8 +1341,66 @@ def open_run(asked: TrainConfig, resume: bool = False, parts: TrainParts | None 
     run = build_run(resolved, parts, world)
     on_rank_0(lambda: _check_disk(run))
     if resume: _take_up(run, found)
+    if not resume: on_rank_0(lambda: locks.append(_make_folder(folder)))
+    run.lock = locks[0] if locks else None
     on_rank_0(lambda: _fill_folder(run, asked))
     return run
+
+# %% ../nbs/11_training.ipynb #081a903f
+class FolderLock:
+    "A run's folder, held until `close` or the end of this process; `OSError` if another process holds it."
+
+    def __init__(self, folder: Path):
+        self.handle = None
+        try: import fcntl
+        except ImportError: return  # Windows has no such lock
+        handle = os.open(folder, os.O_RDONLY)
+        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if not isinstance(error, BlockingIOError): return  # a file system without locks
+            raise OSError(f"another process trains in {folder}; wait until it ends, stop it, or choose another name") from None
+        self.handle = handle
+
+    def close(self) -> None:
+        handle, self.handle = self.handle, None
+        if handle is not None: os.close(handle)
+
+    __del__ = close
+
+
+def _lock_run(folder: Path) -> FolderLock:
+    "Hold the folder of a run; then a checkpoint that a kill left without its name can have it back."
+    lock = FolderLock(folder)
+    for old in (folder / "checkpoints").glob(f"step-*{OLD}"): bring_back(old)
+    return lock
+
+
+def _make_folder(folder: Path) -> FolderLock:
+    "A new run's folder, and its lock; `FileExistsError` if somebody else has made it meanwhile."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir()
+    except FileExistsError: _check_folder(folder, False)
+    return FolderLock(folder)
+
+# %% ../nbs/11_training.ipynb #988fff6f
+def _check_start_over(folder: Path, asked: TrainConfig) -> None:
+    "`ValueError` if a folder without a checkpoint is no run's, has finished, or has other settings."
+    log, others = folder / "log.jsonl", {p.name for p in folder.iterdir()} - {"checkpoints"}
+    if not (folder / "config.json").is_file():
+        if others - {name for name in others if name.endswith(".tmp")}:
+            raise ValueError(f"{folder} is no run's folder: it has no config.json but {sorted(others)[0]}; choose another name")
+        return  # killed before its configuration was written
+    _check_same(asdict(load_config(folder)), asdict(asked), folder)
+    ends = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if '"kind": "end"' in line] if log.is_file() else []
+    if ends and '"status": "finished"' in ends[-1]:
+        raise ValueError(f"{folder} has finished and has no checkpoint to go on from; to train it again choose another name")
+
+
+def _check_entries(file: Path, state: dict) -> None:
+    "`ValueError` for a checkpoint that a run did not write."
+    lacking = {"config", "data", "random", "tokens", "losses", "grad_norm", "seconds"} - state.keys()
+    if lacking: raise ValueError(f"{file} is no checkpoint of a run: it has no {', '.join(sorted(lacking))}; load_checkpoint reads it into a model")
 
 # %% ../nbs/11_training.ipynb #7bd08a2a
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -1411,7 +1521,8 @@ def _end(run: Run, status: str, reason: str | None) -> TrainResult:
 
 def _out_of_memory(run: Run) -> ValueError:
     return ValueError(f"{device_name(run.device)} has not enough memory for batch_size {run.config.batch_size} and "
-                      f"eval_batch_size {run.config.eval_batch_size}; lower them and start the run anew")
+                      f"eval_batch_size {run.config.eval_batch_size}; resume with --micro-batch, which divides the batch, or a lower "
+                      "--eval-batch-size")
 
 # %% ../nbs/11_training.ipynb #a36a4fd8
 def _keep_good_checkpoints(run: Run) -> None:
@@ -1536,6 +1647,9 @@ def _find_tokenizer(folders: list[Path], sha256: str) -> Tokenizer | None:
     for folder in folders:
         try: tokenizer = Tokenizer.load(folder)
         except FileNotFoundError: continue
+        except ValueError as error:
+            warnings.warn(f"passed by: {error}", stacklevel=3)
+            continue
         if tokenizer.sha256 == sha256: return tokenizer
         warnings.warn(f"{folder} holds another tokenizer than the model was trained with; passed by", stacklevel=3)
     return None

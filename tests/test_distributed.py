@@ -1,5 +1,6 @@
 """Chapter 10b: two processes train the model that one does, and a job that dies says why and goes on."""
-import json, os, pickle, subprocess, sys
+import json, os, pickle, shutil, subprocess, sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -158,12 +159,30 @@ def test_one_process_writes_and_replaces(saved):
     assert (state["iteration"], state["note"]) == (8, "second") and worker.furthest(other.state_dict(), model.state_dict()) == 0
 
 
-def test_interrupted_save_keeps_the_old_folder(saved, monkeypatch):
-    def broken(*_): raise KeyboardInterrupt
+@pytest.mark.parametrize("breaks_at", [1, 2, 3, 4])
+def test_interrupted_save_keeps_the_old_folder(saved, monkeypatch, breaks_at):
+    original, calls = d.os.replace, []
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == breaks_at: raise KeyboardInterrupt
+        original(*args)
     monkeypatch.setattr(d.os, "replace", broken)
     model = TransformerLM(worker.CONFIG)
-    with pytest.raises(KeyboardInterrupt): d.save_shards(saved, model, worker.adamw(model), 8)
-    assert d.read_shards(saved)["iteration"] == 7 and [p.name for p in saved.parent.iterdir()] == ["one"]
+    with pytest.raises(KeyboardInterrupt) if breaks_at <= 3 else nullcontext(): d.save_shards(saved, model, worker.adamw(model), 8)
+    assert d.read_shards(saved)["iteration"] == (7 if breaks_at <= 3 else 8) and [p.name for p in saved.parent.iterdir()] == ["one"]
+
+
+def test_a_folder_that_a_kill_left_aside_gets_its_name_back(saved):
+    aside = saved.with_name(saved.name + d.OLD)
+    saved.rename(aside)
+    d.bring_back(aside)
+    assert d.read_shards(saved)["iteration"] == 7
+    shutil.copytree(saved, aside)
+    d.bring_back(aside)  # the new one is there
+    assert aside.exists() and saved.exists()
+    model = TransformerLM(worker.CONFIG)
+    d.save_shards(saved, model, worker.adamw(model), 8)
+    assert d.read_shards(saved)["iteration"] == 8 and not aside.exists()
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.pt"])

@@ -113,7 +113,7 @@ def test_temperature_divides_the_log_odds(temperature):
     torch.testing.assert_close(odds - odds[0], (logits.double() - logits[0]) / temperature, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-8, 0.5, 1e4, 1e30])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-45, 1e-8, 0.5, 1e4, 1e30])
 def test_extreme_values_stay_finite(temperature):
     for logits in ([1e30, -1e30, 0.0], [0.0, 0.0, -math.inf], [3e38, 3e38, 1.0]):
         p = next_token_probabilities(torch.tensor(logits), temperature)
@@ -154,6 +154,8 @@ def test_top_k_does_not_change_its_input():
         (dict(top_k=0), "0"),
         (dict(top_k=-3), "-3"),
         (dict(top_k=2.5), "2.5"),
+        (dict(top_k=math.nan), "nan"),
+        (dict(top_k=math.inf), "inf"),
         (dict(top_p=0.0), "0.0"),
         (dict(top_p=1.01), "1.01"),
         (dict(top_p=math.nan), "nan"),

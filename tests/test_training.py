@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from cs336_lm import training
 from cs336_lm.corpora import END_OF_TEXT
 from cs336_lm.dataset import IGNORE_INDEX, TokenFile, document_starts, encode_file
-from cs336_lm.optimization import AdamW, cross_entropy
+from cs336_lm.optimization import SGD, AdamW, cross_entropy
 from cs336_lm.tokenizer import Tokenizer
 from cs336_lm.training import (DeviceRows, LivePlot, ModelConfig, Prefetch, StopRequest, TokenRows, TrainConfig, TrainParts, TrainStep,
                                TransformerLM, config_from_dict, evaluate, learning_rate, list_checkpoints, load_config,
@@ -574,7 +574,9 @@ def test_an_existing_run_is_not_overwritten_and_a_missing_one_not_resumed(config
 
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"batch_size": 2.0}, {"name": ""}, {"name": ".."}, {"name": "a/b"}, {"steps": 0},
                                     {"max_lr": math.nan}, {"min_lr": 1.0}, {"betas": (0.9, 1.0)}, {"precision": "fp16"},
-                                    {"compile": "yes"}, {"rows": "lines"}, {"warmup_steps": 20}, {"seed": -1}])
+                                    {"compile": "yes"}, {"rows": "lines"}, {"warmup_steps": 20}, {"seed": -1},
+                                    {"max_grad_norm": math.inf}, {"max_lr": math.inf}, {"weight_decay": math.inf}, {"betas": None}, {"betas": 0.9},
+                                    {"betas": ("a", "b")}, {"model": None}, {"steps": True}, {"max_lr": "3e-3"}])
 def test_values_that_cannot_be_meant(config, change):
     with pytest.raises(ValueError, match=next(iter(change))): replace(config, **change)
 
@@ -959,3 +961,106 @@ def test_the_benchmark_times_whole_runs_beside_their_steps(data, tmp_path):
     assert done.returncode == 0, done.stderr
     found, = json.loads(record.read_text())["loop"]
     assert len(found["loop_rates"]) == 3 and min(found["loop_rates"] + found["step_rates"]) > 0
+
+
+# ---- a folder and its run
+
+def without_checkpoints(config, **how):
+    result = run(replace(config, **how))
+    for checkpoint in list_checkpoints(result.folder): training.remove_checkpoint(checkpoint)
+    return result
+
+
+def test_a_finished_run_that_lost_its_checkpoints_is_not_started_over(config):
+    for how in ({}, {"keep_checkpoints": 0, "name": "none"}):
+        result = without_checkpoints(config, **how)
+        before = (result.folder / "log.jsonl").read_bytes()
+        with pytest.raises(ValueError, match="has finished and has no checkpoint.*another name"): run(load_config(result.folder), resume=True)
+        assert (result.folder / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint_starts_over_under_its_own_settings_and_keeps_the_former_log(config, monkeypatch):
+    with at_step(4, lambda r: signal.raise_signal(signal.SIGINT), monkeypatch): result = run(config)
+    for checkpoint in list_checkpoints(result.folder): training.remove_checkpoint(checkpoint)
+    before = (result.folder / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="max_lr was 0.01 and is now 0.5"): run(replace(config, max_lr=0.5), resume=True)
+    assert (result.folder / "log.jsonl").read_bytes() == before
+    with pytest.warns(UserWarning, match="starts over at step 1.*log.jsonl.old"): again = run(config, resume=True)
+    assert again.status == "finished" and (result.folder / "log.jsonl.old").read_bytes() == before
+    assert same_bits(final_state(again), final_state(run(replace(config, name="fresh"))))
+
+
+def test_a_folder_that_is_no_runs_is_left_alone(config):
+    folder = Path(config.runs_dir) / config.name
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("my own notes\n")
+    with pytest.raises(ValueError, match="no run's folder.*log.jsonl"): run(config, resume=True)
+    assert [p.name for p in folder.iterdir()] == ["log.jsonl"] and (folder / "log.jsonl").read_text() == "my own notes\n"
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(config, monkeypatch):
+    refused = []
+    def second(r):
+        with pytest.raises(OSError, match="another process trains in .*run; wait") as caught: run(load_config(r.folder), resume=True)
+        refused.append(str(caught.value))
+    with at_step(12, second, monkeypatch): result = run(config)
+    assert refused and [r["step"] for r in records(result) if r["kind"] == "step"] == [1, 3, 6, 9, 12, 15, 18, 20]
+    assert run(load_config(result.folder), resume=True).status == "finished"  # given free at the end
+    for _ in range(2):  # and after what is refused
+        with pytest.raises(ValueError, match="max_lr"): run(replace(config, max_lr=0.5), resume=True)
+
+
+def test_a_log_older_than_its_checkpoint_is_told(config, monkeypatch):
+    with at_step(17, lambda r: signal.raise_signal(signal.SIGINT), monkeypatch): result = run(config)
+    log = result.folder / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))  # as a power cut may leave it
+    with pytest.warns(UserWarning, match="ends at step 3, before the checkpoint's 17"): run(config, resume=True)
+
+
+def test_moved_token_files_are_written_into_the_configuration(config, tmp_path, data, monkeypatch):
+    with at_step(4, lambda r: signal.raise_signal(signal.SIGINT), monkeypatch): result = run(config)
+    for name in ("train.npy", "train.json"): (tmp_path / f"moved-{name}").write_bytes((data / name).read_bytes())
+    with at_step(7, lambda r: signal.raise_signal(signal.SIGINT), monkeypatch):
+        run(replace(config, train_tokens=tmp_path / "moved-train.npy"), resume=True)
+    assert load_config(result.folder).train_tokens == str(tmp_path / "moved-train.npy")
+    assert run(load_config(result.folder), resume=True).status == "finished"
+
+
+def test_a_checkpoint_that_is_no_runs_is_refused_by_name(config, monkeypatch):
+    with at_step(4, lambda r: signal.raise_signal(signal.SIGINT), monkeypatch): result = run(config)
+    model = TransformerLM(TINY)
+    save_checkpoint(model, AdamW(model.parameters()), 9, result.folder / "checkpoints" / "step-0000009.pt")
+    with pytest.raises(ValueError, match="step-0000009.pt is no checkpoint of a run: it has no config"): run(config, resume=True)
+
+
+def test_a_refused_optimizer_leaves_the_model_as_it_is(tmp_path):
+    model, other = TransformerLM(TINY), TransformerLM(TINY)
+    save_checkpoint(model, AdamW(model.parameters()), 1, tmp_path / "adamw.pt")
+    save_checkpoint(model, SGD(model.parameters()), 1, tmp_path / "sgd.pt")
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    halves = list(other.parameters())
+    groups = AdamW([{"params": halves[:2]}, {"params": halves[2:]}])
+    with pytest.raises(ValueError, match="adamw.pt has the state of an optimizer with groups of"): load_checkpoint(tmp_path / "adamw.pt", other, groups)
+    with pytest.raises(ValueError, match="sgd.pt has the state of another kind.*betas"): load_checkpoint(tmp_path / "sgd.pt", other, AdamW(halves))
+    assert same_bits(before, other.state_dict())
+
+
+def test_a_damaged_copy_of_the_tokenizer_does_not_hide_the_right_one(config):
+    result = run(config)
+    (result.folder / "tokenizer" / "merges.txt").write_text("no merges at all\n")
+    with pytest.warns(UserWarning, match="passed by"): assert load_model(result.folder)[2].sha256 == Tokenizer.load(config.tokenizer).sha256
+
+
+def test_descriptions_and_documents_that_say_too_little(config, data, tmp_path):
+    about = json.loads((data / "train.json").read_text())
+    for name, change in (("sizeless", {"tokenizer": {k: v for k, v in about["tokenizer"].items() if k != "vocab_size"}}), ("empty", {"tokens": 0})):
+        np.save(tmp_path / f"{name}.npy", np.load(data / "train.npy")[:0 if name == "empty" else None])
+        (tmp_path / f"{name}.json").write_text(json.dumps(about | change))
+    with pytest.raises(ValueError, match="sizeless.npy does not say its tokenizer's vocab_size"): run(replace(config, train_tokens=tmp_path / "sizeless.npy"))
+    with pytest.raises(ValueError, match="empty.npy has no tokens"): run(replace(config, train_tokens=tmp_path / "empty.npy", rows="documents"))
+    assert not Path(config.runs_dir).exists()
+
+
+def test_a_rate_needs_two_lines_of_steps():
+    for lines in ([], [{"kind": "step", "step": 1, "tokens": 9, "seconds": 1.0}]):
+        with pytest.raises(ValueError, match=f"two lines of steps, the log has {len(lines)}"): training.loop_rate(lines)
