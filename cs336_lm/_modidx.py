@@ -1316,4 +1316,5 @@ d = { 'settings': { 'branch': 'main',
                                                                                       'cs336_lm/transformer.py'),
                                       'cs336_lm.transformer.gpt2_config': ('transformer.html#gpt2_config', 'cs336_lm/transformer.py'),
                                       'cs336_lm.transformer.make_norm': ('transformer.html#make_norm', 'cs336_lm/transformer.py'),
-                                      'cs336_lm.transformer.make_rope': ('transformer.html#make_rope', 'cs336_lm/transformer.py')}}}
+                                      'cs336_lm.transformer.make_rope': ('transformer.html#make_rope', 'cs336_lm/transformer.py'),
+                                      'cs336_lm.transformer.plain_number': ('transformer.html#plain_number', 'cs336_lm/transformer.py')}}}
