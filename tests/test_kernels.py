@@ -233,3 +233,18 @@ def test_kernels_compile_to_the_shared_memory_of_a_card(card, d):
 def test_kernels_on_a_gpu(sizes):
     errors = kernel_errors(**sizes)
     assert max(errors.values()) < 2e-2, errors
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_strides_and_wrong_targets_on_a_gpu():
+    torch.manual_seed(0)
+    qkv = torch.randn(70, 2, 96, device="cuda", dtype=torch.bfloat16).transpose(0, 1).requires_grad_()
+    outs = [attention_op(x, None, None, 2)[0] for x in (qkv, qkv.contiguous())]
+    torch.testing.assert_close(*outs, rtol=0, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(out.float().square().sum(), qkv)[0] for out in outs), rtol=0, atol=0)
+    hidden, weight = (torch.randn(n, 64, device="cuda").bfloat16() for n in (6, 100))
+    targets = torch.randint(0, 100, (6, 2), device="cuda")[:, 0]
+    torch.testing.assert_close(*(linear_cross_entropy_op(hidden, weight, t, -100)[0] for t in (targets, targets.contiguous())), rtol=0, atol=0)
+    for wrong in (100, -1):
+        targets[3] = wrong
+        assert linear_cross_entropy_op(hidden, weight, targets, -100)[0].isnan()
