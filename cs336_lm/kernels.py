@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .layers import CausalMultiHeadSelfAttention, causal_mask, rotate_pairs
-from .optimization import cross_entropy
+from .optimization import check_target_type, cross_entropy
 from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
-__all__ = ['attention_forward_clear', 'attention_backward_clear', 'linear_cross_entropy_clear', 'attention_op',
-           'attention_backward_op', 'linear_cross_entropy_op', 'fused_attention', 'fused_training_loss', 'kernels_fit',
-           'use_kernels', 'kernel_errors']
+__all__ = ['THREE_STAGES', 'TWO_STAGES', 'attention_forward_clear', 'attention_backward_clear', 'linear_cross_entropy_clear',
+           'attention_op', 'attention_backward_op', 'linear_cross_entropy_op', 'fused_attention', 'fused_training_loss',
+           'kernels_fit', 'use_kernels', 'kernel_errors']
 
 # %% ../nbs/09b_kernels.ipynb #68950490
 def _heads(x: Tensor, num_heads: int) -> Tensor: return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
@@ -63,11 +63,12 @@ def linear_cross_entropy_clear(hidden: Tensor, weight: Tensor, targets: Tensor,
                                ignore_index: int) -> tuple[Tensor, Tensor]:
     "Mean loss of `hidden @ weight.T`, (n, d) and (vocab, d), at targets (n); and its gradient by the logits (n, vocab)."
     logits = hidden @ weight.T
+    loss = cross_entropy(logits, targets, ignore_index)  # first, since it names a target out of range
     kept = targets != ignore_index
     grad = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     grad[torch.arange(len(targets)), targets.where(kept, 0)] -= 1
     grad = grad * kept[:, None] / kept.sum()
-    return cross_entropy(logits, targets, ignore_index), grad.to(logits.dtype)
+    return loss, grad.to(logits.dtype)
 
 # %% ../nbs/09b_kernels.ipynb #c22c387b
 try: import triton, triton.language as tl
@@ -197,6 +198,20 @@ def _attention_backward_queries(QKV, COS, SIN, LSE, DELTA, GRAD, DQKV, T, H, sca
     _store(DQ, dq * (scale * 0.6931471805599453), own, T, 3 * W, COS, SIN, TURN, B, D)
 
 # %% ../nbs/09b_kernels.ipynb #a1229fa1
+THREE_STAGES, TWO_STAGES = 608, 352  # bytes of shared memory for each byte of a head's row; an H100 needs more and has more
+
+
+def _shared_bytes(device: torch.device) -> int:
+    "Shared memory that a program may have on a GPU."
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)  # AMD has no such entry
+
+
+def _stages(d: int, itemsize: int, shared_bytes: int) -> int:
+    "How many blocks of heads `d` wide a program keeps in flight."
+    return 3 if THREE_STAGES * d * itemsize <= shared_bytes else 2
+
+# %% ../nbs/09b_kernels.ipynb #ee59bc0b
 def _launch(kernel, time: int, heads: int, tensors: tuple, scale: float, turn: bool, d: int, block: int, **sizes) -> None:
     "Run an attention kernel with a program for each block of rows of each head."
     kernel[(triton.cdiv(time, block) * heads,)](*tensors, scale, turn, d, block, **sizes)
@@ -206,15 +221,16 @@ def _launch(kernel, time: int, heads: int, tensors: tuple, scale: float, turn: b
 def attention_op(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
     "`attention_forward_clear`, by a Triton kernel on a GPU."
     if not qkv.is_cuda: return attention_forward_clear(qkv, cos, sin, num_heads)
-    batch, time, width = qkv.shape
+    (batch, time, width), qkv = qkv.shape, qkv.contiguous()  # the kernels know no strides
     out = qkv.new_empty(batch, time, width // 3)
     lse = qkv.new_empty(batch, num_heads, time, dtype=torch.float32)
     d = width // 3 // num_heads
     _launch(_attention_forward, time, batch * num_heads, (qkv, cos, sin, out, lse, time, num_heads),
-            1 / (math.log(2) * math.sqrt(d)), cos is not None, d, 64, BN=64, num_warps=4, num_stages=3)
+            1 / (math.log(2) * math.sqrt(d)), cos is not None, d, 64, BN=64, num_warps=4,
+            num_stages=_stages(d, qkv.itemsize, _shared_bytes(qkv.device)))
     return out, lse
 
-# %% ../nbs/09b_kernels.ipynb #be86db05
+# %% ../nbs/09b_kernels.ipynb #ed2290f8
 @attention_op.register_fake
 def _(qkv, cos, sin, num_heads):
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -227,22 +243,24 @@ def attention_backward_op(grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Te
                           num_heads: int) -> Tensor:
     "`attention_backward_clear`, by Triton kernels on a GPU."
     if not qkv.is_cuda: return attention_backward_clear(grad, qkv, cos, sin, out, lse, num_heads)
-    (batch, time, width), grad = qkv.shape, grad.contiguous()
+    (batch, time, width), grad, qkv = qkv.shape, grad.contiguous(), qkv.contiguous()
     delta, dqkv, d = torch.empty_like(lse), torch.empty_like(qkv), width // 3 // num_heads
     _attention_delta[(triton.cdiv(time, 128) * batch * num_heads,)](out, grad, delta, time, num_heads, d, 128, num_warps=4)
     for kernel in (_attention_backward_keys, _attention_backward_queries):
         _launch(kernel, time, batch * num_heads, (qkv, cos, sin, lse, delta, grad, dqkv, time, num_heads),
-                1 / (math.log(2) * math.sqrt(d)), cos is not None, d, 64, STREAM=32, num_warps=4, num_stages=3)
+                1 / (math.log(2) * math.sqrt(d)), cos is not None, d, 64, STREAM=32, num_warps=4,
+                num_stages=_stages(d, qkv.itemsize, _shared_bytes(qkv.device)))
     return dqkv
 
-# %% ../nbs/09b_kernels.ipynb #ee59bc0b
+# %% ../nbs/09b_kernels.ipynb #ea2646c6
 @attention_backward_op.register_fake
-def _(grad, qkv, cos, sin, out, lse, num_heads): return torch.empty_like(qkv)
+def _(grad, qkv, cos, sin, out, lse, num_heads): return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
 def _keep_attention(ctx, inputs, output) -> None:
     qkv, cos, sin, ctx.num_heads = inputs
     ctx.save_for_backward(qkv, cos, sin, *output)
+    ctx.mark_non_differentiable(output[1])  # its gradient would be 0, in silence
 
 
 def _attention_gradient(ctx, grad, _):
@@ -263,10 +281,11 @@ def _cross_entropy(LOGITS, TARGETS, LOSSES, COUNT, V, ignore, BLOCK: tl.constexp
         x = tl.load(at + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
         new = tl.maximum(top, tl.max(x, 0))
         total, top = total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0), new
-    kept = target != ignore
-    chosen = tl.load(at + tl.where(kept, target, 0)).to(tl.float32)
-    tl.store(LOSSES + row, tl.where(kept, top + tl.log(total) - chosen, 0.0))
-    unit = tl.where(kept, 1.0 / tl.load(COUNT), 0.0)
+    kept, inside = target != ignore, (target >= 0) & (target < V)
+    chosen = tl.load(at + target, mask=kept & inside, other=0.0).to(tl.float32)
+    wrong = tl.where(inside, 0.0, float("nan"))
+    tl.store(LOSSES + row, tl.where(kept, top + tl.log(total) - chosen + wrong, 0.0))
+    unit = tl.where(kept, 1.0 / tl.load(COUNT) + wrong, 0.0)
     for v0 in range(0, V, BLOCK):
         cols = v0 + tl.arange(0, BLOCK)
         x = tl.load(at + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
@@ -274,11 +293,21 @@ def _cross_entropy(LOGITS, TARGETS, LOSSES, COUNT, V, ignore, BLOCK: tl.constexp
         tl.store(at + cols, (grad * unit).to(LOGITS.dtype.element_ty), mask=cols < V)
 
 # %% ../nbs/09b_kernels.ipynb #e4e8cc2a
+def _check_targets(hidden: Tensor, targets: Tensor) -> None:
+    "ValueError where there is not one target of int32 or int64 for each row of `hidden`."
+    check_target_type(targets)
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"targets must have the hidden vectors' shape {tuple(hidden.shape)} without its last entry, "
+                         f"but have {tuple(targets.shape)}")
+
+
 @torch.library.custom_op("cs336_lm::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    "`linear_cross_entropy_clear`, by a Triton kernel on a GPU."
+    """`linear_cross_entropy_clear`, by a Triton kernel on a GPU. ValueError where targets do not fit `hidden`; for one out of
+    range ValueError on a CPU and a loss of nan on a GPU."""
+    _check_targets(hidden, targets)
     if not hidden.is_cuda: return linear_cross_entropy_clear(hidden, weight, targets, ignore_index)
-    logits = hidden @ weight.T
+    logits, targets = hidden @ weight.T, targets.contiguous()
     losses = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
     count, block = (targets != ignore_index).sum().float(), min(4096, triton.next_power_of_2(len(weight)))
     _cross_entropy[(len(hidden),)](logits, targets, losses, count, len(weight), ignore_index, block, num_warps=4)
@@ -287,42 +316,50 @@ def linear_cross_entropy_op(hidden: Tensor, weight: Tensor, targets: Tensor, ign
 
 @linear_cross_entropy_op.register_fake
 def _(hidden, weight, targets, ignore_index):
+    _check_targets(hidden, targets)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty((), dtype=wide), hidden.new_empty(len(hidden), len(weight))
 
 # %% ../nbs/09b_kernels.ipynb #86896509
 def _keep_loss(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _loss_gradient(ctx, grad_loss, _):
     hidden, weight, grad = ctx.saved_tensors
-    unit = grad_loss.to(hidden.dtype)
-    return (grad @ weight) * unit, (grad.T @ hidden) * unit, None, None
+    products = grad @ weight, grad.T @ hidden
+    return *((x.to(grad_loss.dtype) * grad_loss).to(x.dtype) for x in products), None, None  # the factor keeps its float32
 
 
 linear_cross_entropy_op.register_autograd(_loss_gradient, setup_context=_keep_loss)
 
 # %% ../nbs/09b_kernels.ipynb #f7fd1e57
 def fused_attention(layer: CausalMultiHeadSelfAttention, x: Tensor) -> Tensor:
-    "What `layer(x)` computes for whole rows: (batch, time, d_model) -> the same shape."
+    "What `layer(x)` computes for whole rows: (..., time, d_model) -> the same shape. ValueError where RoPE's tables are shorter."
     weight = torch.cat([layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight])
+    if layer.rope is not None: layer.rope.check_time(x.shape[-2])  # a kernel would read on, beyond the tables
     cos, sin = (None, None) if layer.rope is None else (layer.rope.cos, layer.rope.sin)
-    return layer.output_proj(attention_op(x @ weight.T, cos, sin, layer.num_heads)[0])
+    qkv = x @ weight.T
+    out, _ = attention_op(qkv.reshape(-1, *qkv.shape[-2:]), cos, sin, layer.num_heads)
+    return layer.output_proj(out.reshape(x.shape))
 
 
 def fused_training_loss(model: TransformerLM, inputs: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    "Mean loss in nats a target; inputs and targets (batch, time). On `linear_cross_entropy_op`."
-    hidden = model.hidden(inputs).flatten(0, -2)
+    "Mean loss in nats a target; inputs and targets (..., time). Errors as in the model and in `linear_cross_entropy_op`."
+    hidden = model.hidden(inputs)
+    _check_targets(hidden, targets)  # flattened, targets in another order would pass
+    hidden = hidden.flatten(0, -2)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     return linear_cross_entropy_op(hidden.to(dtype), model.lm_head.weight.to(dtype), targets.flatten(), ignore_index)[0]
 
 # %% ../nbs/09b_kernels.ipynb #f7d40ea6
 def kernels_fit(config: ModelConfig, device: torch.device, precision: str) -> bool:
-    "Whether the kernels run there: CUDA with Triton, bf16 products, heads 16, 32, 64 or 128 wide, default attention."
+    """Whether the kernels run there: CUDA with Triton, bf16 products, default attention, heads 16, 32, 64 or 128 wide and
+    not too wide for the card's shared memory."""
     return (triton is not None and device.type == "cuda" and precision == "bf16" and config.attention == "sdpa"
-            and config.d_head in (16, 32, 64, 128))
+            and config.d_head in (16, 32, 64, 128) and TWO_STAGES * 2 * config.d_head <= _shared_bytes(device))
 
 
 def use_kernels(model: TransformerLM, on: bool = True) -> TransformerLM:

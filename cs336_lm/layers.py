@@ -15,7 +15,7 @@ __all__ = ['truncated_normal_', 'Linear', 'take_rows', 'Embedding', 'RMSNorm', '
            'SwiGLU', 'SiLUFeedForward', 'softmax', 'rope_angles', 'rotate_pairs', 'rotate_complex',
            'is_complex_in_memory', 'rotate', 'RotaryTables', 'RotaryPositionalEmbedding',
            'scaled_dot_product_attention', 'split_heads', 'join_heads', 'causal_mask', 'causal_attention',
-           'KeyValueCache', 'positions_for_heads', 'check_heads', 'CausalMultiHeadSelfAttention']
+           'check_cached', 'KeyValueCache', 'positions_for_heads', 'check_heads', 'CausalMultiHeadSelfAttention']
 
 # %% ../nbs/07_layers.ipynb #7237d411
 def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
@@ -43,7 +43,10 @@ class Linear(nn.Module):
 def take_rows(table: Tensor, ids: Tensor, what: str = "id") -> Tensor:
     """Rows of `table` (rows, ...) at integer `ids` (any shape): shape (*ids.shape, ...).
 
-    Raises ValueError where an id is negative or too large (on a GPU the kernel asserts instead)."""
+    Raises ValueError for ids that are not int32 or int64, and where one is negative or too large (on a GPU the kernel
+    asserts instead)."""
+    if ids.dtype not in (torch.int32, torch.int64):  # token files hold uint16, which PyTorch does not index with
+        raise ValueError(f"{what}s must be int32 or int64, got {ids.dtype}: convert with .long()")
     try: rows = table.index_select(0, ids.reshape(-1))
     except IndexError:
         raise ValueError(f"{what} out of range: expected 0 to {len(table) - 1}, "
@@ -54,7 +57,7 @@ def take_rows(table: Tensor, ids: Tensor, what: str = "id") -> Tensor:
 class Embedding(nn.Module):
     """A row of `weight` (num_embeddings, embedding_dim) for each token id: (...) -> (..., embedding_dim).
 
-    Starts at N(0, std^2) cut at 3 std; the handout's std is 1. ValueError for an id out of range.
+    Starts at N(0, std^2) cut at 3 std; the handout's std is 1. ValueError for an id out of range or ids not int32 or int64.
     Problem *embedding*."""
     def __init__(self, num_embeddings: int, embedding_dim: int, std: float = 1.0, device=None, dtype=None):
         super().__init__()
@@ -98,7 +101,7 @@ def swiglu_d_ff(d_model: int) -> int:
 
 # %% ../nbs/07_layers.ipynb #a83f4565
 def matched_silu_d_ff(d_ff: int) -> int:
-    "The inner width at which `SiLUFeedForward` has as many weights as `SwiGLU` at width `d_ff`."
+    "The inner width at which `SiLUFeedForward` has as many weights as `SwiGLU` at an even `d_ff` (d_model fewer at an odd one)."
     return 3 * d_ff // 2
 
 # %% ../nbs/07_layers.ipynb #52139baa
@@ -132,9 +135,12 @@ class SiLUFeedForward(nn.Module):
 
 # %% ../nbs/07_layers.ipynb #2e765933
 def softmax(x: Tensor, dim: int) -> Tensor:
-    "Softmax of `x` along `dim`, same shape, safe for scores of any finite size. Problem *softmax*."
-    exps = torch.exp(x - x.amax(dim, keepdim=True))
-    return exps / exps.sum(dim, keepdim=True)
+    """Softmax of `x` along `dim`, same shape and type, safe for scores of any finite size. Problem *softmax*.
+
+    Computed in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    exps = torch.exp(wide - wide.amax(dim, keepdim=True))
+    return (exps / exps.sum(dim, keepdim=True)).to(x.dtype)
 
 # %% ../nbs/07_layers.ipynb #6bd17224
 def rope_angles(theta: float, d_k: int, max_seq_len: int) -> Tensor:
@@ -193,8 +199,8 @@ class RotaryTables(nn.Module):
 class RotaryPositionalEmbedding(RotaryTables):
     """Turn each pair (x_2k, x_2k+1) of a query or key at position i by the angle i / theta^(2k/d_k).
 
-    (..., time, d_k) -> the same shape. Su et al., 2021; problem *rope*. ValueError for an odd `d_k` or a position
-    outside 0 to max_seq_len - 1."""
+    (..., time, d_k) -> the same shape. Su et al., 2021; problem *rope*. ValueError for an odd `d_k`, a position
+    outside 0 to max_seq_len - 1, or positions not int32 or int64."""
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(rotate)  # or `rotate_pairs`, the same values
 
     def __init__(self, theta: float, d_k: int, max_seq_len: int, device=None):
@@ -206,8 +212,12 @@ class RotaryPositionalEmbedding(RotaryTables):
         if token_positions is not None:
             return self.rotate(x, *(take_rows(table, token_positions, "position") for table in (self.cos, self.sin)))
         time = x.shape[-2]
-        if time > self.max_seq_len: raise ValueError(f"{time} positions, but the RoPE tables hold {self.max_seq_len}")
+        self.check_time(time)
         return self.rotate(x, self.cos[:time], self.sin[:time])
+
+    def check_time(self, time: int) -> None:
+        "ValueError where the tables are shorter than a row of `time` tokens."
+        if time > self.max_seq_len: raise ValueError(f"{time} positions, but the RoPE tables hold {self.max_seq_len}")
 
     def extra_repr(self) -> str: return f"theta={self.theta}, d_k={self.d_k}, max_seq_len={self.max_seq_len}"
 
@@ -216,7 +226,7 @@ def scaled_dot_product_attention(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor |
     """softmax(Q K^T / sqrt(d_k)) V: (..., n, d_k), (..., m, d_k), (..., m, d_v) -> (..., n, d_v).
 
     `mask` (..., n, m), boolean, True where a query may look. Vaswani et al., 2017, equation 1."""
-    scores = Q @ K.transpose(-2, -1) / math.sqrt(Q.shape[-1])
+    scores = (Q / math.sqrt(Q.shape[-1])) @ K.transpose(-2, -1)
     if mask is None: return softmax(scores, -1) @ V
     weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1)
     return weights.masked_fill(~mask, 0.0) @ V
@@ -248,29 +258,40 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa") -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 # %% ../nbs/07_layers.ipynb #e8f6f345
+def check_cached(held: Tensor, new: Tensor) -> None:
+    "ValueError where `new` (..., time, width) has not the rows, width or type of what a cache holds."
+    (*rows, _, width), (*new_rows, _, new_width) = held.shape, new.shape
+    if rows != new_rows:
+        raise ValueError(f"the cache holds rows of shape {tuple(rows)}, got {tuple(new_rows)}: use one cache for each batch")
+    if width != new_width: raise ValueError(f"the cache holds heads {width} wide, got {new_width}: use one cache for each layer")
+    if held.dtype != new.dtype: raise ValueError(f"the cache holds {held.dtype}, got {new.dtype}: keep to one type or use a new cache")
+
+# %% ../nbs/07_layers.ipynb #1d502f0b
 class KeyValueCache:
     """Keys and values of the tokens that one attention layer has seen, room for `max_length` of them.
 
-    `length` tokens are held; `append` adds more and raises ValueError where there is no room or the shape changes."""
+    `length` tokens are held; `append` adds more. It raises ValueError where there is no room, where keys and values differ
+    in more than the head width, or where shape or type is not that of the tokens held."""
     def __init__(self, max_length: int):
         self.max_length, self.length, self.keys, self.values = max_length, 0, None, None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         "Add (..., time, d_k) keys and values; gives back all that are held, (..., length, d_k) each."
         start, end = self.length, self.length + k.shape[-2]
-        self.check(end, k)
+        self.check(end, k, v)
         if self.keys is None:
             self.keys, self.values = (t.new_empty(*t.shape[:-2], self.max_length, t.shape[-1]) for t in (k, v))
         self.keys[..., start:end, :], self.values[..., start:end, :] = k.detach(), v.detach()
         self.length = end
         return self.keys[..., :end, :], self.values[..., :end, :]
 
-    def check(self, end: int, k: Tensor) -> None:
+    def check(self, end: int, k: Tensor, v: Tensor) -> None:
         if end > self.max_length:
             raise ValueError(f"{end} tokens do not fit a cache of {self.max_length}: clear it or make it longer")
-        if self.keys is not None and self.keys.shape[:-2] != k.shape[:-2]:
-            raise ValueError(f"the cache holds rows of shape {tuple(self.keys.shape[:-2])}, got {tuple(k.shape[:-2])}: "
-                             "use one cache for each batch")
+        if k.shape[:-1] != v.shape[:-1]:  # an axis of 1 would be repeated in silence
+            raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} must agree in all but the last axis")
+        for held, new in ((self.keys, k), (self.values, v)):
+            if held is not None: check_cached(held, new)
 
     def clear(self) -> None:
         "Forget all tokens; the memory is kept for the next ones."

@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_transformer.ipynb #c0764c31
 from __future__ import annotations
-import math
+import math, numbers
 from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from .layers import (CausalMultiHeadSelfAttention, Embedding, KeyValueCache, Lin
                              RotaryPositionalEmbedding, SiLUFeedForward, SwiGLU, rotate_pairs, silu, swiglu_d_ff)
 
 # %% auto #0
-__all__ = ['CHOICES', 'GPT2_SIZES', 'PRESETS', 'ModelConfig', 'check_field', 'check_config', 'make_norm', 'make_rope',
-           'TransformerBlock', 'TiedOutput', 'complete_tied_weights', 'check_length', 'TransformerLM', 'gpt2_config']
+__all__ = ['CHOICES', 'GPT2_SIZES', 'PRESETS', 'ModelConfig', 'plain_number', 'check_field', 'check_config', 'make_norm',
+           'make_rope', 'TransformerBlock', 'TiedOutput', 'complete_tied_weights', 'check_length', 'TransformerLM',
+           'gpt2_config']
 
 # %% ../nbs/08_transformer.ipynb #f8d20fc2
 CHOICES = {"norm": ("pre", "post", "none"), "position": ("rope", "none"), "ffn": ("swiglu", "silu"),
@@ -25,7 +26,7 @@ class ModelConfig:
     """Sizes and variants of a `TransformerLM`; the defaults are the handout's TinyStories model.
 
     Raises ValueError, naming the field and its value, for a size below 1, an unknown variant, heads that do not
-    divide `d_model`, or RoPE on an odd head size."""
+    divide `d_model`, or RoPE on an odd head size. Numbers of other libraries, as np.int64, become Python's."""
     vocab_size: int = 10_000  # number of token ids
     context_length: int = 256  # longest row of tokens
     d_model: int = 512  # width of the residual stream
@@ -45,7 +46,16 @@ class ModelConfig:
         "Width of one attention head."
         return self.d_model // self.num_heads
 
-    def __post_init__(self): check_config(self)
+    def __post_init__(self):
+        for field in fields(self): object.__setattr__(self, field.name, plain_number(getattr(self, field.name)))
+        check_config(self)
+
+# %% ../nbs/08_transformer.ipynb #52e54889
+def plain_number(value: object) -> object:
+    "A whole or real number of any library as Python's int or float; anything else, True and False too, as it is."
+    if isinstance(value, bool): return value
+    if isinstance(value, numbers.Integral): return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 # %% ../nbs/08_transformer.ipynb #db167ca3
 def check_field(name: str, value: object) -> None:

@@ -74,6 +74,14 @@ def test_embedding_takes_int32_and_no_tokens():
     assert layer(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int16, torch.float32])  # uint16: the type of token files
+def test_ids_of_another_type_get_advice(dtype):
+    with pytest.raises(ValueError, match=rf"token ids must be int32 or int64, got {dtype}: convert with \.long\(\)"):
+        L.Embedding(5, 3)(torch.tensor([1, 4], dtype=dtype))
+    with pytest.raises(ValueError, match=rf"positions must be int32 or int64, got {dtype}"):
+        L.RotaryPositionalEmbedding(1e4, 4, 8)(torch.ones(2, 4), torch.tensor([1, 4], dtype=dtype))
+
+
 # RMSNorm, SiLU, feed-forward, softmax
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
@@ -130,6 +138,7 @@ def test_swiglu_width_is_the_nearest_multiple_of_64(d_model):
 def test_matched_silu_width(half, d_model):
     d_ff = 2 * half
     assert 2 * d_model * L.matched_silu_d_ff(d_ff) == 3 * d_model * d_ff
+    assert 2 * L.matched_silu_d_ff(d_ff + 1) == 3 * (d_ff + 1) - 1  # odd: d_model weights short
 
 
 @quick
@@ -146,6 +155,13 @@ def test_softmax_properties(scores, shift):
 def test_softmax_along_every_axis():
     x = torch.randn(3, 4, 5, requires_grad=True)
     for dim in (0, 1, 2, -1, -3): assert_same(L.softmax(x, dim), torch.softmax(x, dim), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_softmax_of_many_narrow_scores(dtype):
+    x = torch.zeros(70_000, dtype=dtype)  # their exponentials add up to more than float16 holds
+    assert L.softmax(x, 0).dtype == dtype
+    torch.testing.assert_close(L.softmax(x, 0), torch.softmax(x, 0), rtol=0, atol=0)
 
 
 # RoPE
@@ -247,6 +263,13 @@ def test_attention_rows_that_may_look_nowhere_are_zero(dtype):
     assert (out[1] == 0).all() and all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (Q, K, V)))
 
 
+def test_attention_scores_may_be_large_in_float16():
+    q, v = torch.full((3, 128), 40.0).half(), torch.randn(3, 5).half()  # the undivided score is 204,800
+    for mask in (None, L.causal_mask(3, 3)):
+        ours = L.scaled_dot_product_attention(q, q, v, mask)
+        torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, q, v, attn_mask=mask), rtol=2e-3, atol=1e-3)
+
+
 @quick
 @given(st.integers(1, 9), st.integers(0, 9))
 def test_causal_mask_and_kernels(n, earlier):
@@ -321,6 +344,14 @@ def test_cache_refuses_what_does_not_fit():
     cache.append(torch.ones(2, 4, 2, 5), torch.ones(2, 4, 2, 5))
     with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3"): cache.append(torch.ones(2, 4, 2, 5), torch.ones(2, 4, 2, 5))
     with pytest.raises(ValueError, match=r"rows of shape \(2, 4\), got \(1, 4\)"): cache.append(torch.ones(1, 4, 1, 5), torch.ones(1, 4, 1, 5))
+    ones = torch.ones
+    for k, v, words in (  # an axis of 1 would be repeated, another type converted, both in silence
+            (ones(2, 4, 1, 1), ones(2, 4, 1, 5), "heads 5 wide, got 1"), (ones(2, 4, 1, 5), ones(2, 4, 1, 3), "heads 5 wide, got 3"),
+            (ones(2, 4, 1, 5).double(), ones(2, 4, 1, 5), "holds torch.float32, got torch.float64"),
+            (ones(2, 4, 1, 5), ones(2, 4, 1, 5).half(), "holds torch.float32, got torch.float16"),
+            (ones(2, 4, 1, 5), ones(2, 1, 1, 5), r"keys \(2, 4, 1, 5\) and values \(2, 1, 1, 5\) must agree")):
+        with pytest.raises(ValueError, match=words): cache.append(k, v)
+    with pytest.raises(ValueError, match="must agree"): L.KeyValueCache(3).append(ones(2, 4, 2, 5), ones(2, 4, 1, 5))
     assert cache.length == 2
 
 

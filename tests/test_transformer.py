@@ -1,6 +1,7 @@
 """Chapter 8: the model's variants, configuration, presets, cache and ties."""
-import copy, dataclasses, itertools, math
+import copy, dataclasses, itertools, json, math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,14 @@ def test_config_refuses_by_name(values, words):
     with pytest.raises(ValueError) as error: ModelConfig(**values)
     assert words in str(error.value)
     with pytest.raises(ValueError): dataclasses.replace(ModelConfig(), **values)
+
+
+def test_config_takes_numbers_of_numpy_and_keeps_pythons():
+    config = ModelConfig(vocab_size=np.int64(50), d_model=np.uint16(32), num_heads=4, rope_theta=np.float32(500))
+    assert repr(config) == repr(ModelConfig(vocab_size=50, d_model=32, num_heads=4, rope_theta=500.0))
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(config)
+    for bad in (np.int64(0), np.bool_(True), np.float64(3.0)):
+        with pytest.raises(ValueError, match="vocab_size must be a whole number of at least 1"): ModelConfig(vocab_size=bad)
 
 
 def test_config_is_frozen_and_hashable():
