@@ -162,7 +162,9 @@ def records(tmp_path):
 
 def test_the_web_chapter_answers_from_records_that_come(records, run, grammar, monkeypatch):
     chapter = run_chapter("16_openwebtext.ipynb", records, monkeypatch)
-    assert "ending" in chapter["answer_main_experiment"]() and "ending" in chapter["told_by_the_clock"]() and "ending" in chapter["some_texts"]()
+    assert "ending" in chapter["answer_main_experiment"]() and "ending" in chapter["some_texts"]()
+    before = run_chapter("17_leaderboard.ipynb", records, monkeypatch)
+    assert "ending" in before["answer_leaderboard"]() and "ending" in before["about_the_baseline"]() and "ending" in before["ninety_minutes"]()
     losses = {"small": 3.9, "full": 3.31}
     sources = json.loads((REAL / "web-488MB-sources.json").read_text())
     per_document = {"document_losses": [4.0 * (b - a) for a, b in zip(sources["starts"], [*sources["starts"][1:], sources["tokens"]])]}
@@ -178,7 +180,7 @@ def test_the_web_chapter_answers_from_records_that_come(records, run, grammar, m
     answer = after["answer_main_experiment"]()
     for told in ("3.310", f"{bits:.3f}", "above the 0.508", "0.015", "3.111"): assert told in answer, told
     assert "ending" not in answer
-    assert "ending" not in after["losses_by_text"]() + after["told_by_the_clock"]() + after["answer_text"]() + after["numbers_table"]("tinystories-9MB")
+    assert "ending" not in after["losses_by_text"]() + after["answer_text"]() + after["numbers_table"]("tinystories-9MB")
     assert after["some_texts"]().count("\n\n>") == 9 and "python" in after["some_texts"]()
     assert after["by_source"]().count("|\n") >= 3 and after["explained"]().count("\n") >= 7
 
