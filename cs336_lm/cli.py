@@ -9,8 +9,8 @@ __all__ = ['MaybePath', 'MaybeText', 'MaybeInt', 'MaybeFloat', 'TextOrCorpus', '
            'experiment_status', 'experiment_run', 'experiment_figures']
 
 # %% ../nbs/19_command_line.ipynb #d38db47c
-import contextlib, difflib, functools, io, json, os, re, sys, warnings
-from collections.abc import Callable, Sequence
+import contextlib, difflib, functools, io, json, os, re, signal, sys, tempfile, threading, warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -31,6 +31,11 @@ def _maybe(kind: type, name: str):
 MaybePath, MaybeText = _maybe(Path, "PATH"), _maybe(str, "TEXT")
 MaybeInt, MaybeFloat = _maybe(int, "INT"), _maybe(float, "FLOAT")
 TextOrCorpus = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS|FILE")]
+
+
+def _several(name: str, otherwise: str):
+    "The type of an option, or of the words of a line, that takes several texts; `otherwise`: what the help says of none."
+    return Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{name} ...", help_behavior_hint=f"({otherwise})")]
 
 # %% ../nbs/19_command_line.ipynb #1b8dae34
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ _PLAIN = [(r"Error parsing (\S+): invalid literal for int\(\).*: (.*)", r"\1 tak
           (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 takes a number, not \2"),
           (r"Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'\].*",
            r"\1 takes \2, not '\3'"),
-          (r"Missing from cs336[\w ]*:", "missing:"), (r"\{None\}\|", ""), (r"Error parsing config[.\w]*: ", ""),
+          (r"Missing from cs336[\w ]*:", "missing:"), (r"\{None\}\|", ""),
+          (r" takes INT, not", " takes a whole number, not"), (r" takes FLOAT, not", " takes a number, not"), (r"Error parsing (config|model)[.\w]*: (ModelConfig: )?", ""),
           (r"\. Expected", "; expected"), (r"Unrecognized options: (-[^\s,]+).*", r"there is no option \1"),
           (r"Unrecognized options: ([^\s,]+).*", r"'\1' is one word too many")]
 
@@ -78,7 +84,8 @@ def _sentence(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno and error.filename is not None:
         known = {FileNotFoundError: "There is no file or folder {}", IsADirectoryError: "{} is a folder, not a file",
-                 NotADirectoryError: "{} leads through a file", PermissionError: "No permission to use {}"}
+                 NotADirectoryError: "{} leads through a file", PermissionError: "No permission to use {}",
+                 FileExistsError: "{} is there already, and is no folder"}
         text = known.get(type(error), f"{{}}: {error.strerror}").format(error.filename)
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?")) else text + "."
@@ -147,6 +154,23 @@ def _run(arguments: list[str]) -> int:
     else: return _parse(*_find_command(arguments))() or 0
     return 0
 
+# %% ../nbs/19_command_line.ipynb #7cc162f9
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    "Within it Ctrl-C still raises KeyboardInterrupt, and stands in the list that is given."
+    noted, before, unraisable = [], signal.getsignal(signal.SIGINT), sys.unraisablehook
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+    mine = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler  # not where it is ignored, or another's
+    if mine: signal.signal(signal.SIGINT, note)
+    sys.unraisablehook = lambda info: None if noted else unraisable(info)
+    try: yield noted
+    finally:
+        sys.unraisablehook = unraisable
+        if mine: signal.signal(signal.SIGINT, before)
+
 # %% ../nbs/19_command_line.ipynb #348bf424
 def _say(text: str) -> None: print(f"cs336: {text}", file=sys.stderr, flush=True)
 
@@ -157,19 +181,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     `argv` are the words after `cs336`; by default those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _noting_interrupts() as noted:
         warnings.showwarning = lambda message, *_, **__: _say(f"note: {_sentence(message)}")
         try:
             code = _run(arguments)
             sys.stdout.flush()  # here, where a closed pipe is an error that we can meet
             return code
-        except KeyboardInterrupt: _say("interrupted.")
+        except KeyboardInterrupt as stop: _say(f"interrupted; {stop}." if str(stop) else "interrupted.")
         except BrokenPipeError:  # the reader, say `head`, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except (ValueError, OSError) as error:
-            _say(_sentence(error))
-            return 2
+        except Exception as error:
+            if not noted and not isinstance(error, (ValueError, OSError)): raise
+            _say("interrupted." if noted else _sentence(error))
+            return 130 if noted else 2
     return 130
 
 # %% ../nbs/19_command_line.ipynb #4fc9bf8f
@@ -201,7 +226,12 @@ def data_download(name: Positional[Literal[tuple(OFFICIAL)]], directory: MaybePa
         directory: where it goes; default: what CS336_DATA names, else data
         base_url: a mirror of the Hugging Face hub; default: what CS336_DOWNLOAD_URL names, else the hub itself
     """
-    _print_corpus(download(name, directory, base_url, progress=_progress()))
+    _print_corpus(download(name, directory, _checked_url(base_url), progress=_progress()))
+
+
+def _checked_url(base_url: str | None) -> str | None:
+    if base_url and not base_url.startswith(("https://", "http://")): raise ValueError(f"--base-url is {base_url!r}; it begins with https://")
+    return base_url
 
 # %% ../nbs/19_command_line.ipynb #9e2e2e37
 @command("data make", "Make the two files of a corpus: write the stories, or hold out a tenth of your own text.",
@@ -239,11 +269,24 @@ def _input_file(text: str) -> tuple[str, Path]:
     return path.stem, path
 
 # %% ../nbs/19_command_line.ipynb #604547c9
+@contextlib.contextmanager
+def _folder_for(folder: Path) -> Iterator[Path]:
+    "A folder that can be written to, made if need be, and removed again if nothing comes into it. `ValueError` where it cannot be."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+    except (FileExistsError, NotADirectoryError): raise ValueError(f"{folder} is a file or leads through one; name a folder") from None
+    except OSError as error: raise ValueError(f"cannot write to {folder} ({error.strerror}); name another folder") from None
+    try: yield folder
+    finally:
+        if not any(folder.iterdir()): folder.rmdir()
+
+# %% ../nbs/19_command_line.ipynb #2449220a
 @command("bpe", "Train a byte-level BPE tokenizer on a corpus or a text file.",
          "  cs336 bpe stories --vocab-size 1024\n"
          "  cs336 bpe my.txt --vocab-size 5000 --output my-tokenizer --processes 8")
 def bpe(text: TextOrCorpus, vocab_size: int = 10_000, output: MaybePath = None,
-        special_tokens: tuple[str, ...] = (END_OF_TEXT,), processes: int = os.cpu_count() or 1) -> None:
+        special_tokens: _several("TEXT", f"default: {END_OF_TEXT}; without a word: none") = (END_OF_TEXT,), processes: int = os.cpu_count() or 1) -> None:
     """Train a tokenizer.
 
     Args:
@@ -256,9 +299,10 @@ def bpe(text: TextOrCorpus, vocab_size: int = 10_000, output: MaybePath = None,
     from cs336_lm.bpe import train_bpe
     from cs336_lm.tokenizer import Tokenizer
     name, path = _input_file(text)
-    vocab, merges = train_bpe(path, vocab_size, special_tokens, num_processes=processes, progress=_progress())
-    folder = output or _tokenizer_folder(name, vocab_size)
-    Tokenizer(vocab, merges, special_tokens, trained_on=name).save(folder)
+    with _folder_for(output or _tokenizer_folder(name, vocab_size)) as folder:
+        vocab, merges = train_bpe(path, vocab_size, special_tokens, num_processes=processes, progress=_progress())
+        if (folder / "vocab.json").exists(): _say(f"note: {folder} held a tokenizer; it is replaced.")
+        Tokenizer(vocab, merges, special_tokens, trained_on=name).save(folder)
     longest = max((token for token in vocab.values() if token.decode(errors="replace") not in special_tokens), key=len)
     print(f"{folder}: {len(vocab):,} entries; the longest is {longest.decode(errors='replace')!r}")
 
@@ -348,12 +392,14 @@ def _write_samples(folder: Path, count: int, seed: int, device: str) -> None:
 @command("train", "Train a model; every setting is an option, a preset gives the defaults.",
          "  cs336 train --preset tinystories\n"
          "  cs336 train --preset tinystories --name lr-1e-2 --max-lr 1e-2 --model.norm post\n"
-         "  cs336 train --name mine --train-tokens a.npy --valid-tokens b.npy --tokenizer my-tokenizer\n"
+         "  cs336 train --name mine --train-tokens a.npy --valid-tokens b.npy --tokenizer my-tokenizer --model.vocab-size 5000\n"
          "  cs336 train --resume runs/tinystories\n"
          "  torchrun --nproc-per-node 8 -m cs336_lm.cli train --preset openwebtext --strategy fsdp", builds=True)
 def _build_train(arguments: list[str]) -> Callable:
     from cs336_lm.training import TrainConfig, load_config, train
     presets, resumed, chosen = _train_presets(), _value_of("--resume", arguments), _value_of("--preset", arguments)
+    for option in ("--preset", "--name", "--runs-dir") if resumed else ():
+        if _value_of(option, arguments) is not None: raise ValueError(f"--resume takes the settings of the run; leave {option} out")
     if chosen not in presets: chosen = "tinystories"
     defaults = load_config(resumed) if resumed else presets[chosen]
 
@@ -366,9 +412,11 @@ def _build_train(arguments: list[str]) -> Callable:
             preset: the settings to start from
             samples: texts to write into the run's samples.txt at the end
         """
+        if samples < 0: raise ValueError(f"--samples is {samples}; it must be 0 or more")
         result = train(config, resume=resume is not None, progress=_progress())
         code = _report(result, f"cs336 train --resume {result.folder}")
-        if code == 0 and _speaks(): _write_samples(result.folder, samples, config.seed, config.device)
+        if code == 0 and samples and _speaks() and result.checkpoint is None: _say("note: no checkpoint is kept, so there are no samples.")
+        elif code == 0 and _speaks(): _write_samples(result.folder, samples, config.seed, config.device)
         return code
     return run
 
@@ -397,6 +445,8 @@ def generate(model: Positional[Path], prompt: str = "", max_new_tokens: int = 25
     from cs336_lm.generation import check_sampling, stream
     check_sampling(temperature, top_k, top_p)
     if samples < 1: raise ValueError(f"--samples is {samples}; it must be 1 or more")
+    try: prompt.encode()
+    except UnicodeEncodeError: raise ValueError("--prompt is not UTF-8; look at the terminal's encoding") from None
     network, vocabulary = _load(model, tokenizer, device)
     for number in range(samples):
         print(END_OF_TEXT + "\n" if number else "", prompt, sep="", end="", flush=True)
@@ -411,8 +461,7 @@ def _load(model: Path, tokenizer: Path | None, device: str) -> tuple:
     from cs336_lm.tokenizer import Tokenizer
     from cs336_lm.training import load_model
     if not model.exists(): raise FileNotFoundError(f"there is no run and no checkpoint {model}; cs336 train makes one")
-    network, _, vocabulary = load_model(model, device)
-    if tokenizer is not None: vocabulary = Tokenizer.load(tokenizer)
+    network, _, vocabulary = load_model(model, device, None if tokenizer is None else Tokenizer.load(tokenizer))
     if vocabulary is None: raise ValueError(f"the tokenizer of {model} is not there; give its folder as --tokenizer")
     return network, vocabulary
 
@@ -460,7 +509,7 @@ def _build_account(arguments: list[str]) -> Callable:
 # %% ../nbs/19_command_line.ipynb #66ac1764
 @command("demo", "Train a small model on a CPU in minutes, draw its loss curve and let it write.",
          "  cs336 demo\n  cs336 demo --corpus my.txt")
-def demo(corpus: str = "stories", steps: MaybeInt = None, samples: int = 50) -> None:
+def demo(corpus: Annotated[str, tyro.conf.arg(metavar="CORPUS|FILE")] = "stories", steps: MaybeInt = None, samples: int = 50) -> None:
     """Demo.
 
     Args:
@@ -475,12 +524,12 @@ def demo(corpus: str = "stories", steps: MaybeInt = None, samples: int = 50) -> 
 # %% ../nbs/19_command_line.ipynb #b3a09e4d
 @command("figures", "Draw the figures of the book from the recorded runs.",
          "  cs336 figures\n  cs336 figures --only fig0_demo")
-def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> None:
+def figures(directory: Path = Path("figures"), only: _several("NAME", "default: all") = ()) -> None:
     """Figures.
 
     Args:
         directory: the folder of the pictures; the logs are in its runs/
-        only: names of figures; default: all
+        only: names of figures
     """
     from cs336_lm.experiments import draw_figures, pending_figures
     from cs336_lm.leaderboard import plot_race  # noqa: F401: it and what it imports add their figures
@@ -493,7 +542,7 @@ def figures(directory: Path = Path("figures"), only: tuple[str, ...] = ()) -> No
 # %% ../nbs/19_command_line.ipynb #dc9f322f
 _CORPORA = {"web": ("web-488MB", "runs"), "official": ("tinystories", "runs-official")}  # corpus, folder of the records
 DataChoice = Literal[tuple(_CORPORA)]
-RunsOrGrids = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|GRID ...")]
+RunsOrGrids = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|GRID ...", help_behavior_hint="(required)")]
 
 
 def _cells(names: Sequence[str]) -> list:
@@ -510,15 +559,18 @@ def _cells(names: Sequence[str]) -> list:
 # %% ../nbs/19_command_line.ipynb #701399bb
 @command("experiment list", "The grids of experiments, or the runs of one.",
          "  cs336 experiment list\n  cs336 experiment list ablations")
-def experiment_list(grid: Positional[Optional[str]] = None) -> None:
+def experiment_list(grid: Annotated[Optional[str], tyro.conf.Positional, tyro.conf.arg(metavar="[GRID]", help_behavior_hint="")] = None) -> None:
     """List.
 
     Args:
         grid: name of a grid whose runs are to be listed
     """
-    from cs336_lm.grids import GRIDS
+    from cs336_lm.experiments import RUNS
+    from cs336_lm.grids import GRIDS, parse_name
     if grid is not None: return print(*(cell.name for cell in _cells([grid])), sep="\n")
-    for name, g in GRIDS.items(): print(f"{name:15s} {len(g.runs):3d} runs  {g.about}")
+    for name, g in GRIDS.items(): print(f"{name:16s} {len(g.runs):3d} runs  {g.about}")
+    for name, recipe in RUNS.items():
+        if parse_name(name) is None: print(f"{name:16s}   a run  {recipe.about}")
 
 
 @command("experiment status", "How many runs of each grid are recorded, and how they ended.",
@@ -531,6 +583,7 @@ def experiment_status(data: DataChoice = "web", figures: Path = Path("figures"))
         figures: the folder that holds the records
     """
     from cs336_lm.grids import BUDGETS, GRIDS, grid_logs
+    if not figures.is_dir(): raise FileNotFoundError(f"there is no folder {figures}; name the repository's figures folder: --figures")
     logs = {g.cell.name: g for budget in BUDGETS for g in grid_logs(figures / _CORPORA[data][1], budget)}
     for name, grid in GRIDS.items():
         found = [logs[run] for run in grid.runs if run in logs]
@@ -579,7 +632,7 @@ def _report_stop(name: str) -> int:
     return 130
 
 # %% ../nbs/19_command_line.ipynb #406c27c3
-@command("experiment figures", "Draw the figures that have all their records; name those that lack some.",
+@command("experiment figures", "The same as `cs336 figures`: draw what has all its records, name what lacks some.",
          "  cs336 experiment figures")
 def experiment_figures(directory: Path = Path("figures")) -> None:
     """Figures.
@@ -631,12 +684,13 @@ def _build_reproduce(arguments: list[str]) -> Callable:
 def _reproduce(config, target: float, nominal: int, base_url: str | None) -> int:
     "The stages of `cs336 reproduce`, each skipped where it is done already; the exit code."
     from cs336_lm.experiments import prepare
-    from cs336_lm.training import train
+    from cs336_lm.training import check_resumable, pick_device, train
+    folder = Path(config.runs_dir) / config.name
+    pick_device(config.device), check_resumable(folder, config), _checked_url(base_url)  # before hours of work
     print(f"1 of 3  TinyStories, in {data_dir()}", flush=True)
     download("tinystories", base_url=base_url, progress=_progress())
     print(f"2 of 3  tokenizer of {config.model.vocab_size:,} entries, and tokens", flush=True)
     made = prepare("tinystories", config.model.vocab_size, progress=_progress())
-    folder = Path(config.runs_dir) / config.name
     print(f"3 of 3  training on {made.train.tokens:,} tokens, in {folder}", flush=True)
     config = replace(config, train_tokens=made.train.path, valid_tokens=made.valid.path, tokenizer=made.tokenizer_dir)
     result = train(config, resume=folder.exists(), progress=_progress())

@@ -8,7 +8,7 @@ __all__ = ['LOG_KINDS', 'PALETTE', 'LINE_STYLES', 'STYLE', 'X_AXES', 'FIGURES', 
            'caption', 'draw_loss', 'plot_loss', 'plot_demo', 'log_loss_axis', 'plot_tinystories_9mb', 'FigureRecipe',
            'draw_figures', 'pending', 'pending_figures', 'figure_logs', 'read_record', 'Recipe', 'Prepared',
            'prepare_tokenizer', 'prepare_tokens', 'prepare', 'run_config', 'run_experiment', 'NgramModel', 'histories',
-           'ngram_losses', 'verbatim_runs', 'demo_recipe', 'start_over', 'long_sentences', 'longest_run',
+           'ngram_losses', 'verbatim_runs', 'demo_recipe', 'put_aside', 'is_of_text', 'long_sentences', 'longest_run',
            'text_measures', 'counted_losses', 'is_story', 'story_measures', 'training_measures', 'draw_samples',
            'measure_demo', 'loss_lines', 'text_lines', 'demo_report', 'wrap_text', 'finish_demo', 'step_seconds',
            'quickest_threads', 'train_demo', 'demo', 'is_log', 'failed_runs', 'experiment_log', 'experiment_row',
@@ -496,13 +496,19 @@ def demo_recipe(corpus: str | Path) -> Recipe:
     return replace(demo, name=f"demo-{stem}", corpus=str(corpus), settings={**demo.settings, "rows": "stream"})
 
 # %% ../nbs/13_experiments.ipynb #084ebaf6
-def start_over(folder: Path) -> bool:
-    "Remove an earlier run in `folder`; True if there was one. FileExistsError for a folder that is no run."
-    if not folder.exists(): return False
+def put_aside(folder: Path) -> Path | None:
+    "Rename an earlier run to the first free of NAME.old, NAME.old2, ...; None if there is none. FileExistsError for a folder that is no run."
+    if not folder.exists(): return None
     if not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} exists and is not a run's folder; rename it, or choose another with runs_dir")
-    shutil.rmtree(folder)
-    return True
+    free = (folder.with_name(f"{folder.name}.old{n or ''}") for n in (0, *range(2, 1000)))
+    return folder.rename(next(path for path in free if not path.exists()))
+
+
+def is_of_text(run: Path, text_sha256: str) -> bool:
+    "Whether a run's log says that it was trained on this text."
+    try: return read_log(run).header["corpus"]["sha256"] == text_sha256
+    except (OSError, ValueError, KeyError): return False
 
 # %% ../nbs/13_experiments.ipynb #ac0481ba
 LONG_SENTENCE = 30  # words; a longer one that stands in the training text is a copy
@@ -655,7 +661,7 @@ def train_demo(config: TrainConfig, progress: bool) -> Path:
     "Train to the end and return the run's folder. ValueError if the run diverged, KeyboardInterrupt if it was stopped."
     with quickest_threads(config): result = train(config, progress=progress)
     if result.status == "diverged": raise ValueError(f"the demo's training diverged: {result.reason}")
-    if result.status == "interrupted": raise KeyboardInterrupt(f"stopped at step {result.step}")
+    if result.status == "interrupted": raise KeyboardInterrupt(f"stopped at step {result.step}; to go on with its training: cs336 train --resume {result.folder}")
     return result.folder
 
 # %% ../nbs/13_experiments.ipynb #093354eb
@@ -664,19 +670,22 @@ def demo(corpus: str | Path = "stories", directory: str | Path | None = None, *,
     """From a text to a small trained model and its stories, on the CPU, in minutes: the whole road in one call.
 
     `corpus`: "stories" (the embedded grammar), another corpus's name, or a path of any UTF-8 text; `directory`: where
-    texts and tokens go. Writes the run `runs_dir`/demo (demo-NAME for another text), in place of an earlier one, and
-    prints a report. `changes`: settings of `TrainConfig`. Steps end it, not the clock. The log, with all measures.
+    texts and tokens go. Writes the run `runs_dir`/demo (demo-NAME for another text) and prints a report; an earlier one is
+    kept aside until this one is whole, and for good if it is of another text. `changes`: settings of `TrainConfig`. Steps
+    end it, not the clock. The log, with all measures. ValueError for `num_samples` below 1 and what `TrainConfig` refuses.
     """
+    if num_samples < 1: raise ValueError(f"num_samples (--samples) is {num_samples}; it must be 1 or more")
     recipe = demo_recipe(corpus)
-    folder = Path(runs_dir) / recipe.name
-    if start_over(folder): print(f"{folder} held an earlier demo: starting over.")
     print(f"1 of 3  text, tokenizer and tokens of {corpus}", flush=True)
     prepared = prepare(corpus, vocab_size or recipe.vocab_size, directory, progress=progress)
     config = run_config(recipe, prepared, runs_dir, **changes)
+    folder = Path(runs_dir) / recipe.name
+    if earlier := put_aside(folder): print(f"{folder} held an earlier demo: it is {earlier} now.")
     print(f"2 of 3  training: {config.steps} steps, into {folder}", flush=True)
     train_demo(config, progress)
     print(f"3 of 3  measuring, and writing {num_samples} texts", flush=True)
     log, samples = finish_demo(prepared, folder, num_samples)
+    if earlier and is_of_text(earlier, prepared.train.corpus["sha256"]): shutil.rmtree(earlier)
     print("\nThe demo's report\n" + demo_report(prepared, log, samples[0]))
     return log
 

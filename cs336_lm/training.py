@@ -51,8 +51,8 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'QUEUED_SECONDS', 'DIVERGED_NATS'
            'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
            'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run',
            'make_room', 'prepare_saving', 'sync_log', 'finish_saving', 'newest_checkpoint', 'open_run', 'FolderLock',
-           'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train', 'connected',
-           'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
+           'check_resumable', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train',
+           'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -676,6 +676,8 @@ def _open_data(config: TrainConfig) -> tuple[Tokenizer | None, TokenRows, TokenR
     _check_length(valid_rows, 2)
     if train_rows.file.tokenizer["sha256"] != valid_rows.file.tokenizer["sha256"]:
         raise ValueError(f"{config.train_tokens} and {config.valid_tokens} have different tokenizers; encode one again")
+    if config.model.vocab_size >= (known := train_rows.file.tokenizer["vocab_size"]) + 128:  # fewer are padding
+        warnings.warn(f"the model has {config.model.vocab_size:,} ids, its tokenizer only {known:,}: the others are never trained; set model.vocab_size (--model.vocab-size)", stacklevel=2)
     return tokenizer, train_rows, valid_rows
 
 # %% ../nbs/11_training.ipynb #4dde9353
@@ -1397,6 +1399,11 @@ def _check_start_over(folder: Path, asked: TrainConfig) -> None:
         raise ValueError(f"{folder} has finished and has no checkpoint to go on from; to train it again choose another name")
 
 
+def check_resumable(folder: Path, asked: TrainConfig) -> None:
+    "`ValueError` if a run's folder is there and was started with other settings, of those that shape the result."
+    if folder.exists(): _check_same(asdict(load_config(folder)), asdict(asked), folder)
+
+
 def _check_entries(file: Path, state: dict) -> None:
     "`ValueError` for a checkpoint that a run did not write."
     lacking = {"config", "data", "random", "tokens", "losses", "grad_norm", "seconds"} - state.keys()
@@ -1666,16 +1673,20 @@ def _open_checkpoint(path: Path) -> tuple[Path, dict]:
     return found
 
 # %% ../nbs/11_training.ipynb #b1be0621
-def load_model(run_or_checkpoint: str | os.PathLike,
-               device: str = "cpu") -> tuple[TransformerLM, ModelConfig, Tokenizer | None]:
-    """A trained model, its configuration, and its tokenizer if found; from a run folder or a checkpoint file.
+def load_model(run_or_checkpoint: str | os.PathLike, device: str = "cpu",
+               tokenizer: Tokenizer | None = None) -> tuple[TransformerLM, ModelConfig, Tokenizer | None]:
+    """A trained model, its configuration, and its tokenizer if found (or `tokenizer`); from a run folder or a checkpoint file.
 
-    Raises `FileNotFoundError`, or `ValueError` for a file that is no whole checkpoint of `train`.
+    Raises `FileNotFoundError`, or `ValueError` for a file that is no whole checkpoint of `train`, or for a `tokenizer`
+    that is not the one that it was trained with.
     """
     file, state = _open_checkpoint(Path(run_or_checkpoint))
+    if tokenizer is not None and tokenizer.sha256 != state["tokenizer_sha256"]:
+        raise ValueError(f"{run_or_checkpoint} was trained with another tokenizer, {state['tokenizer_sha256'][:8]}..., not {tokenizer.sha256[:8]}...; "
+                         "give that one's folder, or none if it lies in the run's")
     config = ModelConfig(**state["config"]["model"])
     model = TransformerLM(config)
     if file.is_dir(): load_shards(file, model, AdamW(model.parameters()))
     else: _restore(state, model, None, file)
     folders = [file.parent.parent / "tokenizer", Path(state["config"]["tokenizer"] or "tokenizer")]
-    return model.to(pick_device(device)).eval(), config, _find_tokenizer(folders, state["tokenizer_sha256"])
+    return model.to(pick_device(device)).eval(), config, tokenizer or _find_tokenizer(folders, state["tokenizer_sha256"])

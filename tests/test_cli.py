@@ -1,5 +1,5 @@
 "The command line: its help, its options, its mistakes, and the whole road from a download to a verdict."
-import dataclasses, functools, hashlib, json, os, shlex, signal, subprocess, sys, threading, time
+import dataclasses, functools, hashlib, json, os, re, shlex, signal, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -163,7 +163,7 @@ MISTAKES = {  # command line: what its one line must say
     "generate note.txt --temperature -1": "-1",
     "generate note.txt --top-p 2": "top_p is 2",
     "generate note.txt --top-k 0": "top_k is 0",
-    "generate note.txt --top-k 2.5": "--top-k takes INT, not '2.5'",
+    "generate note.txt --top-k 2.5": "--top-k takes a whole number, not '2.5'",
     "generate note.txt --samples 0": "samples is 0",
     "account": "missing: --preset",
     "account --preset gpt3": "'gpt3'",
@@ -373,4 +373,94 @@ def test_ctrl_c_in_the_demo(folder, capsys, monkeypatch):
     from cs336_lm import experiments
     def stopped(*args, **options): raise KeyboardInterrupt("stopped at step 3")
     monkeypatch.setattr(experiments, "demo", stopped)
-    assert main(["demo"]) == 130 and capsys.readouterr().err == "cs336: interrupted.\n"
+    assert main(["demo"]) == 130 and capsys.readouterr().err == "cs336: interrupted; stopped at step 3.\n"
+
+
+def test_what_comes_after_ctrl_c_is_an_interruption(folder, capsys, monkeypatch):
+    from cs336_lm import experiments
+    def library(*args, **options):
+        try: signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt: raise RuntimeError("no compiled object yet") from None
+    monkeypatch.setattr(experiments, "demo", library)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["demo"]) == 130 and capsys.readouterr().err == "cs336: interrupted.\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        monkeypatch.setattr(experiments, "demo", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError): main(["demo"])  # a fault of the program keeps its traceback
+    finally: signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------- nothing is lost, and mistakes come early
+
+@pytest.fixture
+def trained(folder, capsys):
+    "A tokenizer, tokens and a run of three steps."
+    (folder / "s.txt").write_text(STORIES)
+    assert main("bpe s.txt --vocab-size 300 --output tok --processes 1".split()) == 0
+    assert main("encode s.txt --tokenizer tok --output s.npy".split()) == 0
+    line = "train --name r --train-tokens s.npy --valid-tokens s.npy --tokenizer tok --steps 3 --warmup-steps 1 --batch-size 2 " + " ".join(SMALL)
+    assert main(line.split()) == 0
+    capsys.readouterr()
+    return line
+
+
+def test_encode_never_removes_its_input(folder, trained, capsys):
+    (folder / "notes.json").write_text(STORIES)
+    assert main("encode notes.json --tokenizer tok --output notes.npy".split()) == 2
+    assert "would be written over" in capsys.readouterr().err and (folder / "notes.json").read_text() == STORIES
+
+
+def test_another_tokenizer_than_the_runs_is_refused(folder, trained, capsys):
+    assert main("bpe s.txt --vocab-size 290 --output other --processes 1".split()) == 0
+    assert main("generate runs/r --tokenizer other".split()) == 2
+    assert "trained with another tokenizer" in capsys.readouterr().err
+    assert main("generate runs/r --tokenizer tok --max-new-tokens 3".split()) == 0
+
+
+@pytest.mark.parametrize("output, said", [("s.txt", "is a file"), ("s.txt/tok", "leads through one")])
+def test_bpe_looks_at_its_output_before_it_works(folder, capsys, monkeypatch, output, said):
+    from cs336_lm import bpe
+    monkeypatch.setattr(bpe, "train_bpe", lambda *args, **options: pytest.fail("worked first"))
+    (folder / "s.txt").write_text(STORIES)
+    assert main(f"bpe s.txt --vocab-size 300 --output {output}".split()) == 2 and said in capsys.readouterr().err
+
+
+def test_bpe_that_fails_leaves_no_folder_and_one_that_replaces_says_so(folder, capsys):
+    (folder / "s.txt").write_text(STORIES)
+    assert main("bpe s.txt --vocab-size 10 --output new".split()) == 2 and not (folder / "new").exists()
+    for said in ("", "note: tok held a tokenizer; it is replaced.\n"):
+        capsys.readouterr()
+        assert main("bpe s.txt --vocab-size 300 --output tok --processes 1".split()) == 0 and capsys.readouterr().err == f"cs336: {said}" * bool(said)
+
+
+def test_a_run_without_checkpoints_finishes(folder, trained, capsys):
+    assert main(trained.replace("--name r", "--name none --keep-checkpoints 0").split()) == 0
+    assert "no checkpoint is kept, so there are no samples" in capsys.readouterr().err
+
+
+def test_a_model_much_wider_than_its_tokenizer_is_told(folder, trained, capsys):
+    assert main(trained.replace("--name r", "--name wide").replace("--model.vocab-size 300", "--model.vocab-size 500").split()) == 0
+    assert "500 ids, its tokenizer only 300" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, said", [
+    ("train --resume runs/r --preset openwebtext", "leave --preset out"), ("train --resume runs/r --name other", "leave --name out"),
+    ("train --samples -1", "--samples is -1"), ("reproduce --device foo", "foo"), ("reproduce --name r", "was .* and is now"),
+    ("reproduce --base-url nonsense", "https://"), ("data download tinystories --base-url nonsense", "https://"),
+    ("experiment status --figures nowhere", "no folder nowhere"), ("account --preset gpt2-xl-2026 --context-length 1.5", "a whole number"),
+    ("reproduce --model.num-heads 3", "^cs336: (?!Error parsing)")])
+def test_more_mistakes(folder, trained, capsys, monkeypatch, line, said):
+    monkeypatch.setattr(cli, "download", lambda *args, **options: pytest.fail("worked first"))
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert re.search(said, err) and err.count("\n") == 1, err
+
+
+def test_the_list_names_every_run_that_can_be_run(capsys):
+    from cs336_lm.experiments import RUNS
+    from cs336_lm.grids import GRIDS, parse_name
+    assert main(["experiment", "list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [*GRIDS, *(name for name in RUNS if parse_name(name) is None)]
+

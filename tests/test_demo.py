@@ -47,7 +47,7 @@ def test_demo_on_stories(stories, tmp_path, capsys):
     assert json.loads((folder / "report.json").read_text()) == m
     for number in (m["loss"], m["floor"], m["unigram"], m["trigram"]):
         assert f"{number:.3f}" in said
-    assert "sampled sentences parse" in said and "starting over" not in said
+    assert "sampled sentences parse" in said and "earlier demo" not in said
     for name in ("loss.png", "samples.txt"):
         assert str(folder / name) in said
     assert all(f"{i} of 3  " in said for i in (1, 2, 3))
@@ -68,9 +68,9 @@ def test_demo_on_stories(stories, tmp_path, capsys):
 
     assert m["whole_stories"] == 0 <= m["parse_share"]
 
-    # the same again, and it says that it starts over
+    # the same again: the earlier one goes when the new one is whole
     again = ex.demo("stories", tmp_path / "data", runs_dir=tmp_path / "runs", **TINY)
-    assert "starting over" in capsys.readouterr().out
+    assert "held an earlier demo: it is" in capsys.readouterr().out and [p.name for p in (tmp_path / "runs").iterdir()] == ["demo"]
     assert [s["loss"] for s in again.steps] == [s["loss"] for s in log.steps]
     assert {k: v for k, v in again.measures.items() if "seconds" not in k} == {
         k: v for k, v in m.items() if "seconds" not in k
@@ -171,3 +171,24 @@ def test_demo_recipe_names():
     assert ex.demo_recipe("/x/My Text (2).txt").name == "demo-My-Text-2"
     assert ex.demo_recipe("tinystories-9MB").name == "demo-tinystories-9MB"
     assert ex.demo_recipe("...").name == "demo-text"
+
+
+@pytest.mark.parametrize("wrong, said", [({"num_samples": 0}, "--samples"), ({"num_samples": -1}, "-1"), ({"steps": 0}, "steps is 0"), ({"batch_size": 0}, "batch_size")])
+def test_what_is_refused_or_interrupted_leaves_an_earlier_demo_as_it_is(tmp_path, monkeypatch, wrong, said):
+    ex.demo("stories", tmp_path / "data", runs_dir=tmp_path / "runs", **TINY)
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=said): ex.demo("stories", tmp_path / "data", runs_dir=tmp_path / "runs", **{**TINY, **wrong})
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()} == before
+    if wrong != {"steps": 0}: return
+    def stopped(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(ex, "train_demo", stopped)
+    with pytest.raises(KeyboardInterrupt): ex.demo("stories", tmp_path / "data", runs_dir=tmp_path / "runs", **TINY)
+    assert (tmp_path / "runs" / "demo.old" / "report.json").is_file()
+
+
+def test_an_earlier_demo_of_another_text_is_kept(tmp_path):
+    for folder, word in (("a", "cat"), ("b", "dog")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my.txt").write_text("".join(f"The {word} saw {n} birds. It ran home.\n\n" for n in range(300)))
+        ex.demo(tmp_path / folder / "my.txt", tmp_path / "data", runs_dir=tmp_path / "runs", **{**TINY, "rows": "stream"})
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo-my", "demo-my.old"]
