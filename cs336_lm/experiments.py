@@ -598,8 +598,9 @@ def loss_lines(m: Mapping) -> list[str]:
 def text_lines(m: Mapping) -> list[str]:
     "The report's lines about the sampled texts."
     lines = [("copying", f"longest run of words that stands in the training text: {m['longest_verbatim_words']}"),
-             ("", f"copied sentences of over {LONG_SENTENCE} words: {m['long_sentences_verbatim']} of "
-                  f"{m['long_sentences']}; samples copied whole: {m['whole_samples_verbatim']} of {m['samples']}")]
+             ("", f"samples copied whole: {m['whole_samples_verbatim']} of {m['samples']}; "
+                  + (f"copied sentences of over {LONG_SENTENCE} words: {m['long_sentences_verbatim']} of {m['long_sentences']}" if m["long_sentences"]
+                     else f"no sentence has over {LONG_SENTENCE} words"))]
     if "parse_share" in m:
         lines = [("grammar", f"{m['parse_share']:.0%} of {m['sentences']} sampled sentences parse"),
                  ("", f"{m['whole_stories']} of {m['samples']} samples are whole stories without a contradiction"), *lines]

@@ -787,7 +787,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try: _watch(workers, args, began)
     except KeyboardInterrupt: _watch(workers, args, began)  # the processes got the Ctrl-C too and are ending
     print(f"{len(list(args.records.glob('*.jsonl')))} records in {args.records}", flush=True)
-    return max(w.returncode for w in workers)
+    return int(any(w.returncode for w in workers))  # of a killed one it is negative
 
 
 def _analyse(args) -> int:
@@ -998,8 +998,10 @@ def plot_learning_rate(logs: Sequence[RunLog]) -> Figure:
     left, right = figure.subplots(1, 2)
     for g in grid:
         if g.seed != seed: continue
-        left.plot(column(g.log.steps, "tokens"), smoothed(column(g.log.steps, "loss")), color=colours[g.rate], lw=1.1,
-                  ls="--" if g.diverged else "-", label=rate_text(g.rate) + (" (diverged)" if g.diverged else ""))
+        loss = smoothed(column(g.log.steps, "loss"))
+        told = " (diverged)" if g.diverged else ""
+        if np.nanmin(loss) > 9.5: told = f" (diverged, {np.nanmin(loss):.0f} and more)"  # above the picture
+        left.plot(column(g.log.steps, "tokens"), loss, color=colours[g.rate], lw=1.1, ls="--" if g.diverged else "-", label=rate_text(g.rate) + told)
     left.set(xlabel="training tokens", ylabel="training loss (nats a token), running mean", title="Training curves",
              ylim=(min(g.loss for g in grid) - 0.3, 9.5))
     left.xaxis.set_major_formatter(EngFormatter())
@@ -1032,7 +1034,7 @@ def grid_caption(logs: Sequence[RunLog]) -> str:
     start = text[:text.index("Device")]
     if len(names) < 4: return f"{start}Device: {devices}. Logs: {', '.join(names)}."
     common = os.path.commonprefix(names)
-    return f"{start}Device: {devices}. Logs: {len(names)} files {common}*.jsonl."
+    return f"{start}Device: {devices}. Logs: {len(names)} of {common}*.jsonl, those that the picture names."
 
 # %% ../nbs/14_learning_rate.ipynb #66fc62e6
 def draw_band(ax, logs: Sequence[GridLog], colour: str, label: str, line: str = "-") -> None:
@@ -1080,7 +1082,8 @@ def _ablation_curves(ax, grid: Sequence[GridLog], rates: Mapping[str, float], ti
     "Training curves of the variants at their `rates`."
     for i, (variant, rate) in enumerate(rates.items()):
         chosen = [g for g in grid if g.variant == variant and g.rate == rate]
-        if chosen: draw_band(ax, chosen, PALETTE[i], _curve_label(chosen), LINE_STYLES[i])
+        above = all(np.nanmin(smoothed(column(g.log.steps, "loss"))) > low + 1.6 for g in chosen)
+        if chosen: draw_band(ax, chosen, PALETTE[i], _curve_label(chosen) + ", above" * above, LINE_STYLES[i])
     ax.set(title=title, xlabel="training tokens", ylabel="training loss (nats a token), running mean",
            ylim=(low - 0.1, low + 1.6))
     ax.xaxis.set_major_formatter(EngFormatter())
@@ -1152,7 +1155,7 @@ def plot_batch_size(logs: Sequence[RunLog]) -> Figure:
     for ax, size in zip(axes[0], (64, 128, 256)):
         if size not in best: continue
         steps = best[size].log.steps
-        ax.plot(column(steps, "step"), column(steps, "loss"), color=PALETTE[6], lw=0.6, label="as logged")
+        ax.plot(column(steps, "step"), column(steps, "loss"), color=PALETTE[6], lw=0.6, label=f"as logged, the mean of {best[size].cell.settings['log_every']} steps")
         ax.plot(column(steps, "step"), smoothed(column(steps, "loss")), color=PALETTE[0], lw=1.3, label="running mean")
         ax.set(title=f"Batch size {size}, rate {rate_text(best[size].rate)}", xlabel="steps", ylabel="training loss",
                ylim=(3, 8))
@@ -1244,6 +1247,8 @@ def plot_web(logs: Sequence[RunLog]) -> Figure:
     figure.set_size_inches(9, 4.5)
     low, high = min(log.evals[-1]["loss"] for log in logs), max(log.evals[0]["loss"] for log in logs)
     figure.axes[0].set(ylim=(low - 0.2, low + 3))
+    for log in logs: figure.axes[0].axvline(log.steps[0]["seconds"], color="#555555", ls=":", lw=1, label="the first step is done: before it, compiling" if log is logs[0] else None)
+    figure.axes[0].legend()
     if high > low + 3: figure.axes[0].text(0.01, 0.97, f"begins at {high:.0f} nats", transform=figure.axes[0].transAxes, va="top")
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
     return figure

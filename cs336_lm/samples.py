@@ -243,7 +243,7 @@ def run_grammar(seed: int, prepared: Prepared, *, runs_dir: str | os.PathLike = 
     measures = measure_cell(parts.model, resolve_config(config), prepared, None) | training_measures(read_log(folder), prepared)
     model, model_config, tokenizer = load_model(folder, config.device)
     texts = generate_batch(model, tokenizer, [""] * samples, max_new_tokens=model_config.context_length, seed=0)
-    measures |= story_measures([text.strip() for text in texts], prepared, measures["loss"])
+    measures |= story_measures([text.strip() for text in texts], prepared, measures["loss"]) | {"samples": samples}
     with write_aside(folder / "report.json", "w") as file: json.dump(measures, file)
     return read_log(record_run(folder, records, most_steps=250, digits=6))
 
