@@ -613,10 +613,12 @@ def train_bpe_from_counts(counts: Mapping[bytes, int], vocab_size: int, special_
     """The vocabulary (id to bytes) and the merges in order, from pre-token counts (`count_pretokens`).
 
     Ids: the bytes 0..255, one for each merge, the special tokens last. Warns where the pairs run out too early.
-    ValueError if `vocab_size` is below 256 + special tokens or a special token is given twice.
+    ValueError if `vocab_size` is below 256 + special tokens, a special token is given twice, or the merges make one.
     Source: Sennrich et al. 2016; tie rule: handout problem train_bpe."""
     specials = _check_sizes(vocab_size, special_tokens)
     merges = _learn(pack_words(counts), vocab_size - 256 - len(specials), progress)
+    learned = {left + right for left, right in merges} & {token.encode() for token in specials}
+    if learned: raise ValueError(f"the merges make {min(learned)!r}, which is a special token: count the text with the special tokens cut out (count_pretokens)")
     return _vocabulary(merges, vocab_size, specials), merges
 
 # %% ../nbs/04_bpe.ipynb #a65fc7ab

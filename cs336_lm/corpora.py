@@ -142,11 +142,18 @@ FILES = {"tinystories": ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-val
 GENERATED: dict[str, Callable[[Path], Corpus]] = {}
 
 # %% ../nbs/02_corpora.ipynb #f44a9887
+def _parts(train: Path) -> list[tuple[int, Path]]:
+    "The parts `train_0`, `train_1`, ... of a file that lie beside it, with their numbers."
+    names = ((re.fullmatch(re.escape(train.stem) + r"_(\d+)", p.stem), p) for p in train.parent.glob(f"{train.stem}_*{train.suffix}"))
+    return sorted((int(m[1]), p) for m, p in names if m)
+
+
 def _join_parts(train: Path) -> None:
     "Write `train` from `train_0`, `train_1`, ... beside it, if there are such parts."
-    numbered = {int(m[1]): p for p in train.parent.glob(f"{train.stem}_*{train.suffix}")
-                if (m := re.fullmatch(re.escape(train.stem) + r"_(\d+)", p.stem))}
-    if not numbered: return
+    found = _parts(train)
+    if not found: return
+    numbered = dict(found)
+    if len(numbered) < len(found): raise ValueError(f"{train.parent} has two parts of {train.name} with one number: {', '.join(p.name for _, p in found)}; remove one.")
     if sorted(numbered) != list(range(len(numbered))):
         raise FileNotFoundError(f"{train.parent} has of {train.name} only the parts {sorted(numbered)}; copy the rest.")
     with write_aside(train) as out:
@@ -161,6 +168,8 @@ def _named_corpus(name: str, folder: Path) -> Corpus:
     "A corpus of `FILES`; `FileNotFoundError` with the remedy where a file is not in the folder."
     corpus = Corpus(name, *(folder / file for file in FILES[name]))
     if not corpus.train.exists(): _join_parts(corpus.train)
+    elif (size := sum(p.stat().st_size for _, p in _parts(corpus.train))) > corpus.train.stat().st_size:
+        raise ValueError(f"beside {corpus.train} lie parts of {size:,} bytes together, more than it has: delete it, and it is joined again.")
     for path in (corpus.train, corpus.valid):
         if path.is_file(): continue
         remedy = f"Get it with: cs336 data download {name}" if name in OFFICIAL else "Copy it there"
@@ -191,12 +200,14 @@ def _held_out_by_hash(documents: Iterable[tuple[int, bytes]]) -> set[bytes]:
     held_out, taken, goal = set(), 0, HELD_OUT * sizes.total()
     for digest in sorted(sizes)[:-1]:
         if taken >= goal: break
+        if taken + sizes[digest] > 1.5 * goal: continue
         held_out.add(digest)
         taken += sizes[digest]
-    return held_out
+    return held_out or set(sorted(sizes, key=lambda digest: (sizes[digest], digest))[:len(sizes) > 1])  # only long ones: the shortest
 
 
-def _document_hash(document: bytes) -> bytes: return hashlib.sha256(document.strip()).digest()
+def _text_of(document: bytes) -> bytes: return document.removeprefix(codecs.BOM_UTF8).strip()
+def _document_hash(document: bytes) -> bytes: return hashlib.sha256(_text_of(document)).digest()
 
 # %% ../nbs/02_corpora.ipynb #317b1733
 def _held_out_tail(documents: Iterable[tuple[int, bytes]], size: int) -> int | None:
@@ -207,7 +218,16 @@ def _held_out_tail(documents: Iterable[tuple[int, bytes]], size: int) -> int | N
 
 # %% ../nbs/02_corpora.ipynb #7e433aea
 def _separated(path: Path) -> Iterator[tuple[int, bytes]]:
-    return ((offset, piece) for offset, piece in read_pieces(path, END_OF_TEXT.encode()) if piece.strip())
+    return ((offset, piece) for offset, piece in read_pieces(path, END_OF_TEXT.encode()) if _text_of(piece))
+
+
+def _tail(path: Path) -> tuple[int, int, bool] | None:
+    "Of a running text: where the held-out tail begins, and the rule for its blocks; the first rule that cuts near the last tenth, else the nearest."
+    size, cuts = path.stat().st_size, []
+    for least, at_blank in ((500, True), (500, False), (1, False)):
+        cut = _held_out_tail(_blocks(path, least, at_blank), size)
+        if cut is not None: cuts.append((abs(cut / size - (1 - HELD_OUT)), (cut, least, at_blank)))
+    return next((rule for far, rule in cuts if far <= HELD_OUT / 2), min(cuts)[1] if cuts else None)
 
 
 def _sides(path: Path, pieces: int) -> Iterator[tuple[int, bytes, bool]]:
@@ -215,33 +235,33 @@ def _sides(path: Path, pieces: int) -> Iterator[tuple[int, bytes, bool]]:
     if pieces > 1:
         if held_out := _held_out_by_hash(_separated(path)):
             return ((o, d, _document_hash(d) in held_out) for o, d in _separated(path))
-    else:
-        for least, at_blank in ((500, True), (500, False), (1, False)):
-            if (cut := _held_out_tail(_blocks(path, least, at_blank), path.stat().st_size)) is not None:
-                return ((o, d, o >= cut) for o, d in _blocks(path, least, at_blank))
-    raise ValueError(f"{path} has only one document (equal ones count once), and one must be held out. "
-                     f"Put {END_OF_TEXT} between documents, or give a text of several lines.")
+        raise ValueError(f"{path} has only one document, {pieces} times over, and one must be held out. Give a text with others.")
+    if tail := _tail(path): return ((o, d.replace(END_OF_TEXT.encode(), b""), o >= tail[0]) for o, d in _blocks(path, *tail[1:]))
+    raise ValueError(f"{path} has only one line, and a part must be held out. Put {END_OF_TEXT} between documents, or "
+                     "line feeds (\\n; \\r alone is none) between lines.")
 
 # %% ../nbs/02_corpora.ipynb #672da068
 def _check_text(path: Path) -> int:
-    "The number of pieces between separators; `ValueError` for an empty file, bytes that are not UTF-8, or NUL bytes."
-    pieces, blank = 0, True
+    "The number of documents between separators; `ValueError` for an empty file, bytes that are not UTF-8, or NUL bytes."
+    pieces = 0
     for offset, piece in read_pieces(path, END_OF_TEXT.encode()):
         decode_utf8(piece, path, offset)
-        if 0 in piece: raise ValueError(f"{path} is no text: it has a NUL byte at offset {offset + piece.find(0):,}.")
-        pieces, blank = pieces + 1, blank and not piece.strip()
-    if blank: raise ValueError(f"{path} is empty: there is no text in it to learn from.")
+        if 0 in piece: raise ValueError(f"{path} is no text: it has a NUL byte at offset {offset + piece.find(0):,}. "
+                                        "If it is UTF-16: iconv -f UTF-16 -t UTF-8.")
+        pieces += bool(_text_of(piece))
+    if not pieces: raise ValueError(f"{path} is empty: there is no text in it to learn from.")
     return pieces
 
 # %% ../nbs/02_corpora.ipynb #b985023f
 def split_text_file(path: str | os.PathLike, directory: str | os.PathLike | None = None) -> Corpus:
     """Split any UTF-8 text file into a corpus of two files in `directory` (default: `data_dir()`).
 
-    Held out is a tenth of the bytes: documents with the smallest hashes, or the end of a text without separators.
-    Raises `ValueError` for a file that is empty, not text, or has only one document.
+    Held out is a tenth of the bytes: documents with the smallest hashes, or the end of a text without separators. Warns
+    where it comes to less than a twentieth or more than a fifth. Raises `ValueError` for a file that is empty, not text, or
+    has only one document.
     """
     path, folder = Path(path), data_dir() if directory is None else Path(directory)
-    pieces, digest = _check_text(path), describe_file(path)["sha256"]
+    pieces, digest = _check_text(path), _split_digest(path)
     train, valid = (folder / f"{path.stem}-{digest[:8]}-{side}.txt" for side in ("train", "valid"))
     if not (train.is_file() and valid.is_file()):
         sides = _sides(path, pieces)
@@ -249,7 +269,14 @@ def split_text_file(path: str | os.PathLike, directory: str | os.PathLike | None
             for offset, document, hold in sides:
                 if not offset: document = document.removeprefix(codecs.BOM_UTF8)
                 (held_out if hold else learnt).write(document.strip(b"\r\n") + f"\n{END_OF_TEXT}\n".encode())
+        share = valid.stat().st_size / (train.stat().st_size + valid.stat().st_size)
+        if path.stat().st_size > 10_000 and not HELD_OUT / 2 <= share <= 2 * HELD_OUT: warnings.warn(f"{path}: {share:.1%} of it are held out, for want of documents of a fitting size", stacklevel=2)
     return Corpus(path.stem, train, valid)
+
+
+def _split_digest(path: Path) -> str:
+    "Names a split: the hash of the text and of the rules by which it is split."
+    return hashlib.sha256(f"split 2, {HELD_OUT}: {describe_file(path)['sha256']}".encode()).hexdigest()
 
 # %% ../nbs/02_corpora.ipynb #7a733703
 HUB = "https://huggingface.co"
@@ -381,14 +408,15 @@ def _arriving(url: str, part: Path, state: Path, tries: int, pause: float, timeo
 # %% ../nbs/02_corpora.ipynb #09a27b07
 def gunzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
     "The inflated bytes of a gzip stream (one or more members) that comes in chunks; `OSError` if damaged or cut off."
-    member, begun = zlib.decompressobj(wbits=31), False  # 31: a gzip header and trailer
+    member, begun, ended = zlib.decompressobj(wbits=31), False, False  # 31: a gzip header and trailer
     for data in chunks:
         while data := data if begun else data.lstrip(b"\0"):  # zeros may pad the end of a member
             try: yield member.decompress(data)
             except zlib.error as error: raise _Damaged(f"the gzip data are damaged ({error})") from None
             data, begun = member.unused_data, not member.eof
-            if member.eof: member = zlib.decompressobj(wbits=31)
+            if member.eof: member, ended = zlib.decompressobj(wbits=31), True
     if begun: raise _Damaged("the gzip data end in the middle of a member")
+    if not ended: raise _Damaged("there are no gzip data")
 
 # %% ../nbs/02_corpora.ipynb #78cd0f93
 def _verified(chunks: Iterable[bytes], state: Path) -> Iterator[bytes]:
@@ -465,6 +493,9 @@ def fetch_file(url: str, path: str | os.PathLike, *, progress: bool = True, trie
     return {"bytes": checked.size, "sha256": checked.sha256}
 
 # %% ../nbs/02_corpora.ipynb #9af9d3c5
+def _has_content(path: Path) -> bool: return path.is_file() and path.stat().st_size > 0
+
+
 def download(name: str, directory: str | os.PathLike | None = None, base_url: str | None = None, **options) -> Corpus:
     """Download an official corpus, "tinystories" or "owt", unless it is there, into `directory` (default `data_dir()`).
 
@@ -478,7 +509,9 @@ def download(name: str, directory: str | os.PathLike | None = None, base_url: st
     base = (base_url or os.environ.get("CS336_DOWNLOAD_URL") or HUB).rstrip("/")
     where, suffix = OFFICIAL[name]
     for file in reversed(FILES[name]):  # the small one first: what is wrong shows soon
-        if not (folder / file).is_file(): fetch_file(f"{base}/{where}/{file}{suffix}", folder / file, **options)
+        if _has_content(folder / file): continue
+        fetch_file(url := f"{base}/{where}/{file}{suffix}", folder / file, **options)
+        if not _has_content(folder / file): raise OSError(f"Cannot download {file}: {url} sent nothing; try again, or another mirror.")
     return _named_corpus(name, folder)
 
 # %% ../nbs/02_corpora.ipynb #9cdb78b8

@@ -61,6 +61,7 @@ def check_special_tokens(special_tokens: Iterable[str]) -> tuple[str, ...]:
     for token in tokens:
         if not isinstance(token, str) or not token:
             raise ValueError(f"a special token must be a string of at least one character, not {token!r}")
+        if any("\ud800" <= char <= "\udfff" for char in token): raise ValueError(f"the special token {token!r} holds a lone surrogate, which is no character")
     return tokens
 
 # %% ../nbs/03_pretokenization.ipynb #5bad9ad9
@@ -244,10 +245,12 @@ def load_compiled() -> bool:
     try: import numba  # noqa: F401
     except ImportError: return False
     with _loading:
-        while _twins: _twins.pop()()
+        while _twins:  # taken off when done: after a Ctrl-C the next call goes on here
+            _twins[-1]()
+            _twins.pop()
         while _marked:
-            function = _marked.pop()
-            function.__globals__[function.__name__] = _compile(function)
+            _marked[-1].__globals__[_marked[-1].__name__] = _compile(_marked[-1])
+            _marked.pop()
     return True
 
 

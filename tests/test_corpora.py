@@ -1,5 +1,5 @@
 "Documents, files written whole, the split of any text, and downloads from a server that does everything wrong."
-import gzip, hashlib, io, os, random, re, stat, subprocess, sys, threading, time
+import gzip, hashlib, io, os, random, re, stat, subprocess, sys, threading, time, warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import URLError
@@ -219,8 +219,8 @@ def test_split_is_done_once_and_again_when_the_text_changes(tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"", "empty"), (b" \n\t\n", "empty"), (END_OF_TEXT.encode() * 3, "empty"), (b"one line", "one document"),
-    (b"one" + END_OF_TEXT.encode() + b"\n", "one document"), (b"one" + END_OF_TEXT.encode() + b" one ", "one document"),
+    (b"", "empty"), (b" \n\t\n", "empty"), (END_OF_TEXT.encode() * 3, "empty"), (b"one line", "one line"),
+    (b"one" + END_OF_TEXT.encode() + b"\n", "one line"), (b"one" + END_OF_TEXT.encode() + b" one ", "one document"),
     ("a\nb".encode("utf-16"), "0xff at offset 0"), (b"a\nb\xe9\nc", "0xe9 at offset 3"), (b"a\n\0b\nc", "NUL byte at offset 2")])
 def test_what_cannot_be_split_says_why_and_writes_nothing(tmp_path, content, said):
     (tmp_path / "bad.txt").write_bytes(content)
@@ -601,3 +601,70 @@ def test_gunzip_equals_the_standard_library(members, size, cut):
     assert b"".join(gunzip(chunks)) == gzip.decompress(packed) == b"".join(members)
     last = gzip.compress(members[-1])
     with pytest.raises(OSError): list(gunzip([packed[:len(packed) - min(cut, len(last) - 1)]]))
+
+
+# ---- a held-out tenth
+
+def shares(path, folder):
+    corpus = corpora.split_text_file(path, folder)
+    sizes = [p.stat().st_size for p in (corpus.train, corpus.valid)]
+    return sizes[1] / sum(sizes)
+
+
+@pytest.mark.parametrize("text", [
+    "Header\n" * 80 + "\n" + "".join(f"Line {n} of a running text without blank lines.\n" for n in range(20_000)),
+    "".join(f"Line {n} of the text.\n" + "\n" * (n == 10_000) for n in range(20_000)),
+    "".join(f"Line {n} of the text.\n" for n in range(20_000)) + END_OF_TEXT + "\n",
+    END_OF_TEXT + "".join(f"Line {n} of the text.\n" for n in range(20_000))])
+def test_a_running_text_gives_up_a_tenth_whatever_its_blank_lines(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0.05 < shares(tmp_path / "a.txt", tmp_path) < 0.15
+    corpus = corpora.split_text_file(tmp_path / "a.txt", tmp_path)
+    lines = [line for p in (corpus.train, corpus.valid) for line in p.read_text().replace(END_OF_TEXT, "").splitlines() if line.strip()]
+    assert lines == [line for line in text.replace(END_OF_TEXT, "").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("variant", range(8))
+def test_a_document_much_longer_than_a_tenth_is_learned_from(tmp_path, variant):
+    texts = [f"Document {n} of variant {variant}, short." for n in range(9)] + [f"A long one, {variant}. " * 3_000]
+    (tmp_path / "a.txt").write_text(END_OF_TEXT.join(texts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert shares(tmp_path / "a.txt", tmp_path) < 0.2
+
+
+def test_a_share_far_from_a_tenth_is_told(tmp_path):
+    (tmp_path / "a.txt").write_text("short" + END_OF_TEXT + "long " * 9_000)
+    with pytest.warns(UserWarning, match="a.txt: .*% of it are held out"): corpora.split_text_file(tmp_path / "a.txt", tmp_path)
+
+
+def test_only_equal_documents_or_one_line_are_refused_for_what_they_are(tmp_path):
+    for text, said in ((f"same{END_OF_TEXT}same", "only one document, 2 times over"), ("one line", "only one line"), ("a\rb\rc", r"only one line.*\\r alone is none")):
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        with pytest.raises(ValueError, match=said): corpora.split_text_file(tmp_path / "a.txt", tmp_path)
+    (tmp_path / "a.txt").write_bytes("wide".encode("utf-16"))
+    with pytest.raises(ValueError, match="UTF-16|not UTF-8"): corpora.split_text_file(tmp_path / "a.txt", tmp_path)
+
+
+def test_a_byte_order_mark_alone_is_no_document(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + END_OF_TEXT.encode() + END_OF_TEXT.join(f"Document {n}." for n in range(50)).encode())
+    corpus = corpora.split_text_file(tmp_path / "a.txt", tmp_path)
+    assert sum(corpora.describe_file(p)["documents"] for p in (corpus.train, corpus.valid)) == 50
+
+
+def test_no_gzip_data_at_all_are_refused():
+    for chunks in ([], [b""], [b"\0" * 10]):
+        with pytest.raises(OSError, match="no gzip data"): list(corpora.gunzip(chunks))
+
+
+def test_parts_that_come_after_the_joining_are_noticed(tmp_path):
+    (tmp_path / "web_valid.txt").write_text("held out")
+    for n in range(2): (tmp_path / f"web_train_{n}.txt").write_text(f"Document {n}{END_OF_TEXT}")
+    corpora.find_corpus("web-488MB", tmp_path)
+    (tmp_path / "web_train_2.txt").write_text(f"Document 2{END_OF_TEXT}")
+    with pytest.raises(ValueError, match="more than it has: delete it"): corpora.find_corpus("web-488MB", tmp_path)
+    (tmp_path / "web_train.txt").unlink()
+    (tmp_path / "web_train_02.txt").write_text(f"Document 2{END_OF_TEXT}")
+    with pytest.raises(ValueError, match="two parts of web_train.txt with one number"): corpora.find_corpus("web-488MB", tmp_path)

@@ -643,3 +643,22 @@ def test_training_chooses_by_size(tmp_path, monkeypatch, always_compiled):
 def test_bar_of_the_merges(tmp_path, capsys, always_compiled):
     train_bpe_from_counts({b"newest": 3, b"widest": 1}, 262, progress=True)
     assert "100%" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_code_compiles_does_not_break_the_session(tmp_path):
+    (tmp_path / "text.txt").write_text("some text" * 5000)
+    code = ("import sys; from cs336_lm import pretokenization as p; original = p.vector_code\n"
+            "def interrupted(): raise KeyboardInterrupt\n"
+            "p.vector_code = interrupted\n"
+            "try: p.load_compiled()\nexcept KeyboardInterrupt: print('interrupted')\n"
+            "p.vector_code = original\n"
+            "assert p.load_compiled() and not p._twins and not p._marked\n"
+            "p.MIN_COMPILED_BYTES = 0\n"
+            "print(p.count_pretokens(sys.argv[1], []) == p.count_pretokens_clear(sys.argv[1], []))")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "text.txt"], capture_output=True, text=True)
+    assert done.stdout == "interrupted\nTrue\n", done.stderr
+
+
+def test_merges_that_make_a_special_token_are_refused():
+    with pytest.raises(ValueError, match="merges make b'ab', which is a special token"): bpe.train_bpe_from_counts({b"ab": 3}, 258, ["ab"])
+    with pytest.raises(ValueError, match="lone surrogate"): bpe.train_bpe_from_counts({b"ab": 3}, 258, ["\ud800"])
