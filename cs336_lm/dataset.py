@@ -67,9 +67,10 @@ def write_npy(path: str | os.PathLike, dtype: np.dtype, parts: Iterable[np.ndarr
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
         assert file.tell() == start, "the header grew over the first ids"
-        file.flush()
-        os.fsync(file.fileno())  # a full disk shows here at the latest
-        if outdated: outdated.unlink(missing_ok=True)
+        if outdated and outdated.exists():
+            file.flush()
+            os.fsync(file.fileno())  # a full disk shows here at the latest
+            outdated.unlink()
     return count
 
 # %% ../nbs/06_dataset.ipynb #ddaadf28
