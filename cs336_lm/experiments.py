@@ -39,7 +39,7 @@ from .dataset import TokenFile, encode_file, open_tokens, read_token_file
 from .generation import generate_batch
 from .optimization import cross_entropy
 from .tokenizer import Tokenizer
-from .training import LOG_SCHEMA, TrainConfig, load_model, train
+from .training import LOG_SCHEMA, FolderLock, TrainConfig, load_model, train
 from .transformer import PRESETS, ModelConfig, TransformerLM
 
 # %% ../nbs/13_experiments.ipynb #f0c3ef3a
@@ -497,10 +497,14 @@ def demo_recipe(corpus: str | Path) -> Recipe:
 
 # %% ../nbs/13_experiments.ipynb #084ebaf6
 def put_aside(folder: Path) -> Path | None:
-    "Rename an earlier run to the first free of NAME.old, NAME.old2, ...; None if there is none. FileExistsError for a folder that is no run."
+    """Rename an earlier run to the first free of NAME.old, NAME.old2, ...; None if there is none.
+
+    FileExistsError for a folder that is no run, OSError for one that another process trains in.
+    """
     if not folder.exists(): return None
     if not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} exists and is not a run's folder; rename it, or choose another with runs_dir")
+    FolderLock(folder).close()  # it would go on to write under the old name, into the new run
     free = (folder.with_name(f"{folder.name}.old{n or ''}") for n in (0, *range(2, 1000)))
     return folder.rename(next(path for path in free if not path.exists()))
 

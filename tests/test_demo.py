@@ -6,7 +6,7 @@ import pytest
 
 from cs336_lm import corpora, experiments as ex
 from cs336_lm.corpora import END_OF_TEXT, Corpus, parse_story, read_documents, write_stories
-from cs336_lm.training import TrainResult, evaluate, load_model, open_rows
+from cs336_lm.training import FolderLock, TrainResult, evaluate, load_model, open_rows
 from cs336_lm.transformer import ModelConfig
 
 TINY = dict(
@@ -192,3 +192,13 @@ def test_an_earlier_demo_of_another_text_is_kept(tmp_path):
         (tmp_path / folder / "my.txt").write_text("".join(f"The {word} saw {n} birds. It ran home.\n\n" for n in range(300)))
         ex.demo(tmp_path / folder / "my.txt", tmp_path / "data", runs_dir=tmp_path / "runs", **{**TINY, "rows": "stream"})
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo-my", "demo-my.old"]
+
+
+def test_a_demo_that_still_trains_elsewhere_is_not_moved(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    lock = FolderLock(tmp_path / "demo")
+    if lock.handle is None: pytest.skip("this system has no such lock")
+    with pytest.raises(OSError, match="another process trains"): ex.put_aside(tmp_path / "demo")
+    lock.close()
+    assert ex.put_aside(tmp_path / "demo") == tmp_path / "demo.old" and not (tmp_path / "demo").exists()
