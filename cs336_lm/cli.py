@@ -102,7 +102,10 @@ def _parse(name: str, arguments: list[str]) -> Callable[[], int | None]:
                             description=f"{spec.summary}\n\nexamples:\n{spec.examples}")
     except SystemExit as exit:
         if not exit.code: return lambda: 0
-        raise ValueError(f"{_sentence_of_box(complaint.getvalue())}; see: cs336 {name} --help") from None
+        message = _sentence_of_box(complaint.getvalue())
+        if message == "missing: CORPUS|FILE" and _value_of("--special-tokens", arguments):
+            message += " (--special-tokens takes all words up to the next option: name the text before it)"
+        raise ValueError(f"{message}; see: cs336 {name} --help") from None
 
 # %% ../nbs/19_command_line.ipynb #f4efde11
 HELP = ("-h", "--help")
@@ -201,6 +204,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _progress() -> bool: return sys.stderr.isatty()  # bars are for people
 
 
+def _write_grammar(folder: Path) -> Corpus:
+    from cs336_lm.experiments import write_grammar_corpus
+    return write_grammar_corpus(folder)
+
+
+GENERATED.setdefault("grammar", _write_grammar)  # chapter 13 makes it, but is slow to import; every command knows the name
+
+
 def _print_corpus(corpus: Corpus) -> None:
     for side, path in (("train", corpus.train), ("valid", corpus.valid)):
         print(f"{side}  {path.stat().st_size:>14,} bytes  {path}")
@@ -271,15 +282,18 @@ def _input_file(text: str) -> tuple[str, Path]:
 # %% ../nbs/19_command_line.ipynb #604547c9
 @contextlib.contextmanager
 def _folder_for(folder: Path) -> Iterator[Path]:
-    "A folder that can be written to, made if need be, and removed again if nothing comes into it. `ValueError` where it cannot be."
+    "A folder that can be written to; what had to be made for it goes again if nothing comes in. `ValueError` where it cannot be."
+    made = []
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
     except (FileExistsError, NotADirectoryError): raise ValueError(f"{folder} is a file or leads through one; name a folder") from None
     except OSError as error: raise ValueError(f"cannot write to {folder} ({error.strerror}); name another folder") from None
     try: yield folder
     finally:
-        if not any(folder.iterdir()): folder.rmdir()
+        with contextlib.suppress(OSError):  # one that holds something stays, and so do those around it
+            for path in made: path.rmdir()
 
 # %% ../nbs/19_command_line.ipynb #2449220a
 @command("bpe", "Train a byte-level BPE tokenizer on a corpus or a text file.",
@@ -293,7 +307,7 @@ def bpe(text: TextOrCorpus, vocab_size: int = 10_000, output: MaybePath = None,
         text: a corpus's name (its training part is read) or a UTF-8 text file
         vocab_size: entries: 256 bytes, the merges and the special tokens
         output: the tokenizer's folder; default: data/tokenizers/NAME-SIZE
-        special_tokens: texts that stay whole and separate documents
+        special_tokens: texts that stay whole and separate documents; name CORPUS|FILE before this option
         processes: for counting pre-tokens; the result does not depend on it
     """
     from cs336_lm.bpe import train_bpe
@@ -329,12 +343,14 @@ def encode(text: TextOrCorpus, tokenizer: Path, output: MaybePath = None) -> Non
     from cs336_lm.tokenizer import Tokenizer
     loaded = Tokenizer.load(tokenizer)
     if text in corpus_names():
-        corpus, folder = find_corpus(text), output or _tokens_folder(text, tokenizer.resolve())
-        for side, path in (("train", corpus.train), ("valid", corpus.valid)):
-            _print_tokens(encode_file(loaded, path, folder / f"{side}.npy", corpus_name=text, progress=_progress()))
+        corpus = find_corpus(text)
+        with _folder_for(output or _tokens_folder(text, tokenizer.resolve())) as folder:
+            for side, path in (("train", corpus.train), ("valid", corpus.valid)):
+                _print_tokens(encode_file(loaded, path, folder / f"{side}.npy", corpus_name=text, progress=_progress()))
     else:
         name, path = _input_file(text)
-        _print_tokens(encode_file(loaded, path, output or data_dir() / f"{name}.npy", progress=_progress()))
+        target = output or data_dir() / f"{name}.npy"
+        with _folder_for(target.parent): _print_tokens(encode_file(loaded, path, target, progress=_progress()))
 
 # %% ../nbs/19_command_line.ipynb #48a084c7
 def _train_presets() -> dict:
@@ -355,10 +371,10 @@ def _train_presets() -> dict:
 
 # %% ../nbs/19_command_line.ipynb #1a63c78c
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    "The value that the arguments give to an option, before they are parsed."
-    for word, following in zip(arguments, [*arguments[1:], None]):
-        if word == option: return following
-        if word.startswith(option + "="): return word.partition("=")[2]
+    "The value that the arguments give to an option, before they are parsed; None if they do not."
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == option: return value if equals else following  # tyro takes --runs_dir too
     return None
 
 # %% ../nbs/19_command_line.ipynb #5a9cfc39
@@ -545,6 +561,13 @@ DataChoice = Literal[tuple(_CORPORA)]
 RunsOrGrids = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|GRID ...", help_behavior_hint="(required)")]
 
 
+def _single_runs() -> dict:
+    "The runs of chapter 13 that belong to no grid, by name."
+    from cs336_lm.experiments import RUNS
+    from cs336_lm.grids import parse_name
+    return {name: recipe for name, recipe in RUNS.items() if parse_name(name) is None}
+
+
 def _cells(names: Sequence[str]) -> list:
     "The cells that run names and grid names stand for. ValueError for a name that is neither."
     from cs336_lm.grids import GRIDS, parse_name
@@ -552,7 +575,8 @@ def _cells(names: Sequence[str]) -> list:
     for name in names:
         found = GRIDS[name].cells if name in GRIDS else [parse_name(name)]
         if None in found:
-            raise ValueError(f"{name!r} is no run and no grid; see cs336 experiment list; grids: {', '.join(GRIDS)}")
+            raise ValueError(f"{name!r} is no run and no grid; see cs336 experiment list; grids: {', '.join(GRIDS)}; "
+                             f"runs outside them: {', '.join(_single_runs())}")
         cells += found
     return cells
 
@@ -565,12 +589,11 @@ def experiment_list(grid: Annotated[Optional[str], tyro.conf.Positional, tyro.co
     Args:
         grid: name of a grid whose runs are to be listed
     """
-    from cs336_lm.experiments import RUNS
-    from cs336_lm.grids import GRIDS, parse_name
+    from cs336_lm.grids import GRIDS
+    if grid in _single_runs(): return print(grid)
     if grid is not None: return print(*(cell.name for cell in _cells([grid])), sep="\n")
     for name, g in GRIDS.items(): print(f"{name:16s} {len(g.runs):3d} runs  {g.about}")
-    for name, recipe in RUNS.items():
-        if parse_name(name) is None: print(f"{name:16s}   a run  {recipe.about}")
+    for name, recipe in _single_runs().items(): print(f"{name:16s}   a run  {recipe.about}")
 
 
 @command("experiment status", "How many runs of each grid are recorded, and how they ended.",
@@ -583,7 +606,8 @@ def experiment_status(data: DataChoice = "web", figures: Path = Path("figures"))
         figures: the folder that holds the records
     """
     from cs336_lm.grids import BUDGETS, GRIDS, grid_logs
-    if not figures.is_dir(): raise FileNotFoundError(f"there is no folder {figures}; name the repository's figures folder: --figures")
+    if not any((figures / place).is_dir() for _, place in _CORPORA.values()):
+        raise FileNotFoundError(f"no records of runs in {figures}; name the repository's figures folder: --figures")
     logs = {g.cell.name: g for budget in BUDGETS for g in grid_logs(figures / _CORPORA[data][1], budget)}
     for name, grid in GRIDS.items():
         found = [logs[run] for run in grid.runs if run in logs]
@@ -605,15 +629,16 @@ def experiment_run(names: RunsOrGrids, data: DataChoice = "web", device: str = "
         runs_dir: where the run folders go
     """
     from functools import cache
-    from cs336_lm.experiments import RUNS, run_experiment
-    from cs336_lm.grids import parse_name, prepare_cells, read_sources, run_cell
+    from cs336_lm.experiments import run_experiment
+    from cs336_lm.grids import prepare_cells, read_sources, run_cell
     from cs336_lm.training import TrainParts
     if not names: raise ValueError("name runs or grids; see cs336 experiment list")
     (corpus, place), parts = _CORPORA[data], TrainParts()
-    others = [name for name in names if name in RUNS and parse_name(name) is None]  # of chapter 13
+    others = [name for name in names if name in _single_runs()]
     cells = _cells([name for name in names if name not in others])
     for name in others:
-        run_experiment(name, runs_dir=runs_dir, records=figures / "runs", device=device, progress=_progress())
+        log = run_experiment(name, runs_dir=runs_dir, records=figures / "runs", device=device, progress=_progress())
+        if log.status == "interrupted": return _report_stop(name)
     todo = [cell for cell in dict.fromkeys(cells) if not (figures / place / f"{cell.name}.jsonl").is_file()]
     print(f"{len(set(cells)) - len(todo)} recorded already, {len(todo)} to run", flush=True)
     prepared = cache(lambda recipe_corpus, vocab_size: prepare_cells(recipe_corpus, vocab_size, progress=_progress()))
@@ -657,7 +682,7 @@ def _verdict(loss: float, tokens: int, target: float, nominal: int) -> tuple[int
          "  cs336 reproduce\n  cs336 reproduce --low-resource --device cpu", builds=True)
 def _build_reproduce(arguments: list[str]) -> Callable:
     from cs336_lm.transformer import ModelConfig
-    chosen = "tinystories-low-resource" if "--low-resource" in arguments else "tinystories"
+    chosen = "tinystories" if _value_of("--low-resource", arguments) is None else "tinystories-low-resource"
     defaults = _train_presets()[chosen]
 
     def run(low_resource: bool = False, name: str = f"reproduce-{chosen}", steps: int = defaults.steps,

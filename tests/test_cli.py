@@ -434,6 +434,25 @@ def test_bpe_that_fails_leaves_no_folder_and_one_that_replaces_says_so(folder, c
         assert main("bpe s.txt --vocab-size 300 --output tok --processes 1".split()) == 0 and capsys.readouterr().err == f"cs336: {said}" * bool(said)
 
 
+@pytest.mark.parametrize("output, said", [("s.txt/a.npy", "leads through"), ("s.txt/deep/a.npy", "leads through")])
+def test_encode_looks_at_its_output_before_it_works(folder, trained, capsys, monkeypatch, output, said):
+    from cs336_lm import dataset
+    monkeypatch.setattr(dataset, "encode_file", lambda *args, **options: pytest.fail("worked first"))
+    for text in ("s.txt", "stories"):
+        monkeypatch.setattr(cli, "find_corpus", lambda name: cli.Corpus(name, folder / "s.txt", folder / "s.txt"))
+        assert main(f"encode {text} --tokenizer tok --output {output}".split()) == 2 and said in capsys.readouterr().err
+
+
+def test_what_fails_removes_the_folders_it_made_and_no_others(folder, capsys, monkeypatch):
+    (folder / "s.txt").write_text(STORIES)
+    (folder / "mine").mkdir()
+    for output in ("mine", "mine/new/deep", "new/deep"):
+        assert main(f"bpe s.txt --vocab-size 10 --output {output}".split()) == 2 and "10" in capsys.readouterr().err
+    assert sorted(p.name for p in folder.rglob("*")) == ["mine", "s.txt"]
+    monkeypatch.chdir(folder / "mine")
+    assert main("bpe ../s.txt --vocab-size 10 --output .".split()) == 2 and "vocab_size" in capsys.readouterr().err
+
+
 def test_a_run_without_checkpoints_finishes(folder, trained, capsys):
     assert main(trained.replace("--name r", "--name none --keep-checkpoints 0").split()) == 0
     assert "no checkpoint is kept, so there are no samples" in capsys.readouterr().err
@@ -448,8 +467,10 @@ def test_a_model_much_wider_than_its_tokenizer_is_told(folder, trained, capsys):
     ("train --resume runs/r --preset openwebtext", "leave --preset out"), ("train --resume runs/r --name other", "leave --name out"),
     ("train --samples -1", "--samples is -1"), ("reproduce --device foo", "foo"), ("reproduce --name r", "was .* and is now"),
     ("reproduce --base-url nonsense", "https://"), ("data download tinystories --base-url nonsense", "https://"),
-    ("experiment status --figures nowhere", "no folder nowhere"), ("account --preset gpt2-xl-2026 --context-length 1.5", "a whole number"),
-    ("reproduce --model.num-heads 3", "^cs336: (?!Error parsing)")])
+    ("experiment status --figures nowhere", "no records of runs in nowhere"), ("account --preset gpt2-xl-2026 --context-length 1.5", "a whole number"),
+    ("reproduce --model.num-heads 3", "^cs336: (?!Error parsing)"), ("train --resume runs/r --runs_dir other", "leave --runs-dir out"),
+    ("experiment status --figures tok", "no records of runs in tok"), ("experiment run foo", "outside them: demo,"),
+    ("bpe --special-tokens <|x|> s.txt --vocab-size 300", "--special-tokens takes all words .* name the text before it")])
 def test_more_mistakes(folder, trained, capsys, monkeypatch, line, said):
     monkeypatch.setattr(cli, "download", lambda *args, **options: pytest.fail("worked first"))
     assert main(line.split()) == 2
@@ -463,4 +484,29 @@ def test_the_list_names_every_run_that_can_be_run(capsys):
     assert main(["experiment", "list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [*GRIDS, *(name for name in RUNS if parse_name(name) is None)]
+    for name in listed:
+        assert main(["experiment", "list", name]) == 0
+        assert capsys.readouterr().out.splitlines() == ([cell.name for cell in GRIDS[name].cells] if name in GRIDS else [name])
+
+
+def test_every_command_knows_the_same_corpora(folder):
+    probe = ("import sys; from cs336_lm import cli; before = cli.corpus_names(), 'torch' in sys.modules\n"
+             "import cs336_lm.experiments; print(before == (cli.corpus_names(), False) and 'grammar' in before[0])")
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize("flag", ["--low-resource", "--low_resource"])  # tyro takes both
+def test_low_resource_means_it_however_it_is_spelled(flag):
+    chosen = cli._parse("reproduce", [flag]).keywords
+    assert chosen["name"] == "reproduce-tinystories-low-resource" and chosen["steps"] == 2_500
+
+
+def test_an_interrupted_run_outside_the_grids_is_an_interruption(folder, capsys, monkeypatch):
+    from types import SimpleNamespace
+    from cs336_lm import experiments
+    asked = []
+    def stopped(name, **options): return asked.append(name) or SimpleNamespace(status="interrupted")
+    monkeypatch.setattr(experiments, "run_experiment", stopped)
+    assert main("experiment run demo tinystories-9MB".split()) == 130 and asked == ["demo"]
+    assert "interrupted in demo" in capsys.readouterr().err
 
