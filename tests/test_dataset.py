@@ -65,7 +65,7 @@ def test_blank_pieces_are_no_documents(tmp_path, blank):
         counter = chapter.DocumentCounter()
         data = path.read_bytes()
         for start in range(0, len(data), size): counter.add(data[start:start + size])
-        counter.end(counter.held)
+        counter.end(counter.held, 0, len(counter.held))
         assert counter.documents == describe_file(path)["documents"] == 2
 
 
