@@ -1159,8 +1159,8 @@ def count_pretokens(paths: Paths, special_tokens: Iterable[str], *, num_processe
     """How often each pre-token (as UTF-8 bytes) occurs in a text; special tokens separate and are not counted.
 
     `paths`: a file, or several whose texts are taken one behind the other; no pre-token crosses a file's end.
-    From `MIN_COMPILED_BYTES` on by compiled code (numba; the first call ever compiles for some seconds), in
-    `num_processes` threads or, if an `executor` (`concurrent.futures`) is given, by its workers; else by
+    From `MIN_COMPILED_BYTES` on by compiled code (numba; the first call ever compiles for about 20 s, the first of
+    each later process loads for about 1 s), in `num_processes` threads or, if an `executor` (`concurrent.futures`) is given, by its workers; else by
     `count_pretokens_clear`, with the same result in the same order. Memory grows with the distinct pre-tokens, not
     with the text. FileNotFoundError if there is no file; ValueError, with file and byte offset, if one is not UTF-8;
     OSError if one changes while it is read. Source: handout problem train_bpe."""
