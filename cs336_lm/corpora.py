@@ -227,7 +227,8 @@ def _tail(path: Path) -> tuple[int, int, bool] | None:
     for least, at_blank in ((500, True), (500, False), (1, False)):
         cut = _held_out_tail(_blocks(path, least, at_blank), size)
         if cut is not None: cuts.append((abs(cut / size - (1 - HELD_OUT)), (cut, least, at_blank)))
-    return next((rule for far, rule in cuts if far <= HELD_OUT / 2), min(cuts)[1] if cuts else None)
+        if cuts and cuts[-1][0] <= HELD_OUT / 2: break
+    return min(cuts)[1] if cuts else None
 
 
 def _sides(path: Path, pieces: int) -> Iterator[tuple[int, bytes, bool]]:

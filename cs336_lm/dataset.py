@@ -130,6 +130,11 @@ class DocumentCounter:
         self.documents += self.begun or _INK.search(text, start, stop) is not None
         self.begun = False
 
+    def finish(self) -> int:
+        "The number of documents, the text being at its end."
+        self.end(self.held, 0, len(self.held))
+        return self.documents
+
 
 def describe_files(paths: Sequence[str], name: str | None = None, checksum: bool = True) -> dict:
     "What `describe_file` says of a file, of the text that files make one behind the other; without `checksum` the sha256 is None."
@@ -150,8 +155,7 @@ def name_of(paths: Sequence[str]) -> str:
 
 def text_description(name: str, size: int, counter: DocumentCounter, digest) -> dict:
     "The dict of `describe_file`, after the last block; without a `digest` the sha256 is None."
-    counter.end(counter.held, 0, len(counter.held))
-    return {"name": name, "bytes": size, "documents": counter.documents, "sha256": digest and digest.hexdigest()}
+    return {"name": name, "bytes": size, "documents": counter.finish(), "sha256": digest and digest.hexdigest()}
 
 # %% ../nbs/06_dataset.ipynb #ff7f67dd
 def encode_clear(tokenizer: Tokenizer, input_path: Paths, output_path: str | os.PathLike, dtype: np.dtype,

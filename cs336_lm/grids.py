@@ -7,14 +7,14 @@ __all__ = ['BUDGETS', 'VARIANTS', 'ABLATED', 'ABLATION_RATES', 'GRIDS', 'RUNS', 
            'rate_text', 'Cell', 'grid_name', 'parse_name', 'Grid', 'has_title', 'source_of', 'naive_bayes',
            'run_hashes', 'overlaps', 'describe_validation', 'document_losses', 'source_losses', 'student_cdf',
            'student_quantile', 'Difference', 'paired_difference', 'unigram_entropy', 'is_diverged', 'GridLog',
-           'grid_logs', 'repeated', 'losses_by_rate', 'best_rates', 'best_rate', 'compare_variants',
+           'grid_logs', 'repeated', 'bits_by_seed', 'losses_by_rate', 'best_rates', 'best_rate', 'compare_variants',
            'largest_stable_rate', 'RateFit', 'fit_minimum', 'prepare_cells', 'read_sources', 'cell_config',
            'measure_cell', 'run_cell', 'more_cells', 'stages', 'Queue', 'shape_of', 'Pace', 'stopping_at', 'work',
            'pack_records', 'main', 'hessian_products', 'spectrum_ends', 'sharpness', 'gradient_noise', 'critical_batch',
            'adam_scales', 'analyse_cell', 'distinct', 'copied', 'text_loss', 'smoothed', 'as_grid', 'rate_colours',
            'draw_rates', 'plot_learning_rate', 'grid_caption', 'draw_band', 'plot_ablation', 'plot_ablation_grid',
            'batch_of', 'best_of_batches', 'speed', 'plot_batch_size', 'adam_limit', 'plot_edge', 'plot_web',
-           'rate_table', 'figure_png']
+           'markdown_table', 'rate_table', 'figure_png']
 
 # %% ../nbs/14_learning_rate.ipynb #a3419486
 import argparse, json, math, os, re, shutil, signal, statistics, subprocess, sys, tarfile, tempfile, time
@@ -202,6 +202,7 @@ GRIDS: dict[str, Grid] = {
                          ("batch128", "batch256", "batch32", "batch1024"), (1e-3, 3e-3, 1e-2), (0,), 1, (1, 2)),
     "third_seeds": Grid("a third seed at every rate, with RMSNorm and without: where does each break?",
                         ("base", "no-rmsnorm"), ABLATION_RATES, (2,), 0),
+    "third_cosine": Grid("a third seed of no RMSNorm with the early end of the cosine", ("no-rmsnorm-cosine800",), ABLATION_RATES, (2,), 0),
     "batch_of_one": Grid("a row a step", ("batch1",), (3e-4, 1e-3), (0,), 0),
     "large_batches": Grid("batches for speed and memory only", ("batch2048", "batch4096", "batch5888"), (1e-3,), (0,), 0),
     "optimizer": Grid("warm-up, second moment and weight decay, one change each around the best cell",
@@ -462,6 +463,11 @@ def repeated(g: GridLog, records: str | Path = "figures/runs") -> list[GridLog]:
     "A recorded run and, where its cell was run twice, the record of the other time."
     other = Path(records) / "repeats" / f"{g.cell.name}.jsonl"
     return [g, *([GridLog(g.cell, read_log(other))] if other.is_file() else [])]
+
+
+def bits_by_seed(runs: Iterable[GridLog], records: str | Path = "figures/runs") -> dict[int, float]:
+    "Final bits a byte of a cell's runs by seed; one that was run twice counts by its mean."
+    return {g.seed: statistics.mean(run.bits_per_byte for run in repeated(g, records)) for g in runs}
 
 
 def losses_by_rate(logs: Sequence[GridLog], variant: str) -> dict[float, dict[int, float]]:
@@ -1270,10 +1276,15 @@ FIGURES |= {
                                   "final loss of every variant at every rate"),
 }
 
+# %% ../nbs/14_learning_rate.ipynb #ef74df8a
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    "A Markdown table; the first row is its head."
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
 # %% ../nbs/14_learning_rate.ipynb #6a9886d5
 def rate_table(logs: Sequence[GridLog], variant: str) -> str:
     "A Markdown table of a variant: rate, seeds, final loss (mean, lowest, highest), bits a byte."
-    rows = [["peak rate", "seeds", "validation loss", "lowest to highest", "bits a byte"], ["---"] * 5]
+    rows = [["peak rate", "seeds", "validation loss", "lowest to highest", "bits a byte"]]
     for rate, seeds in losses_by_rate(logs, variant).items():
         ends = sorted(seeds.values())
         broken = sum(map(math.isinf, ends))
@@ -1281,7 +1292,7 @@ def rate_table(logs: Sequence[GridLog], variant: str) -> str:
         told = [f"{broken} of {len(ends)} diverged", "", ""] if broken else [
             f"{statistics.mean(ends):.3f}", f"{ends[0]:.3f} to {ends[-1]:.3f}", f"{statistics.mean(bits):.3f}"]
         rows.append([rate_text(rate), str(len(ends)), *told])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(rows)
 
 # %% ../nbs/14_learning_rate.ipynb #09d0688f
 PENDING = "*Pending: no record yet.*"

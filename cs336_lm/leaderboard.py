@@ -8,13 +8,12 @@ __all__ = ['compute_optimal', 'clock', 'bits_at', 'race_records', 'plot_race']
 # %% ../nbs/17_leaderboard.ipynb #89b3b6f4
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .experiments import FIGURES, LINE_STYLES, PALETTE, FigureRecipe, RunLog, column, styled
+from .experiments import FIGURES, LINE_STYLES, PALETTE, RUNS, FigureRecipe, RunLog, column, styled
 from .grids import GRIDS, Cell, grid_caption, parse_name
 
 # %% ../nbs/17_leaderboard.ipynb #941c96b0
@@ -63,9 +62,9 @@ def plot_race(logs: Sequence[RunLog]) -> Figure:
     "Bits a byte by the clock: the runs of the full budget as curves, all others as points, and the records."
     figure = Figure(figsize=(9, 4.8))
     ax = figure.subplots()
-    small = [log for log in logs if not log.name.startswith("full-")]
+    long, small = ([log for log in logs if log.name.startswith("full-") == wanted] for wanted in (True, False))
     for log in small: ax.plot(*clock(log), ".", color="#AAAAAA", ms=5, label="runs of the small budget" if log is small[0] else None)
-    for log, colour, line in zip((log for log in logs if log not in small), PALETTE, LINE_STYLES * 2): _racer(ax, log, colour, line)
+    for log, colour, line in zip(long, PALETTE, LINE_STYLES * 2): _racer(ax, log, colour, line)
     times, bits, _ = zip(*race_records(logs))
     ax.step((*times, 250), (*bits, bits[-1]), where="post", color="#555555", lw=0.9, label="the record")
     ax.set(**_RACE, title="What the clock buys on web-488MB")
@@ -86,5 +85,5 @@ def _plain_ticks(axis, ticks: Sequence[float]) -> None:
 
 # %% ../nbs/17_leaderboard.ipynb #33b3a344
 _FIRST = tuple(Cell("full", variant, 3e-3, 0).name for variant in _RACERS if variant != "writeup-std0.02")
-_OTHERS = [*GRIDS["leaderboard"].runs] + [cell.name for grid in GRIDS.values() for s in range(3) for cell in replace(grid, seeds=(s,)).cells if cell.budget == "small" and cell.recipe().corpus == "web-488MB"]
-FIGURES["leaderboard"] = FigureRecipe(plot_race, _FIRST, "bits a byte by the clock: all runs on web-488MB", tuple(dict.fromkeys(_OTHERS)))
+_SMALL = [name for name, recipe in RUNS.items() if (cell := parse_name(name)) and cell.budget == "small" and recipe.corpus == "web-488MB"]
+FIGURES["leaderboard"] = FigureRecipe(plot_race, _FIRST, "bits a byte by the clock: all runs on web-488MB", (*GRIDS["leaderboard"].runs, *_SMALL))

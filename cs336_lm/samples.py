@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRITE_UP', 'SAMPLINGS', 'PROMPTS', 'Sampling', 'continuation_losses', 'document_parts', 'read_part',
            'verbatim_in_file', 'copied_share', 'text_numbers', 'Written', 'write_texts', 'held_out_texts', 'sample_run',
-           'encode_by_tiktoken', 'prepare_grammar', 'run_grammar', 'main']
+           'encode_by_tiktoken', 'prepare_grammar', 'read_whole', 'run_grammar', 'main']
 
 # %% ../nbs/16_openwebtext.ipynb #3d5fd9e4
 import argparse, json, math, mmap, os, statistics, sys, time, warnings
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import repeat
+from itertools import islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .bpe import train_bpe
-from .corpora import END_OF_TEXT, Corpus, data_dir, describe_file, find_corpus, read_documents, write_aside
+from .corpora import END_OF_TEXT, Corpus, data_dir, describe_file, find_corpus, parse_story, read_documents, write_aside
 from .dataset import TokenFile, read_token_file, sidecar_path, write_npy, write_sidecar
 from .experiments import Prepared, RunLog, read_log, record_run, story_measures, training_measures, verbatim_runs
 from .generation import encode_prompt, generate_batch, generate_tokens_batch, whole_characters
@@ -230,9 +230,23 @@ def prepare_grammar(directory: str | os.PathLike | None = None, processes: int |
     return Prepared(corpus, Tokenizer.load(tokenizer_dir), tokenizer_dir, *files)
 
 # %% ../nbs/16_openwebtext.ipynb #edddca0e
+def read_whole(model: TransformerLM, tokenizer: Tokenizer, stories: str | os.PathLike, most: int = 4_000) -> dict[str, float]:
+    """Stories of the grammar each read from its beginning: loss and floor in nats a token, the separator among the tokens.
+
+    Of the file's first `most` stories those that fit into a row; empty where none does. ValueError where one is no story of the grammar."""
+    separator, room = tokenizer.token_to_id(END_OF_TEXT), model.config.context_length
+    ids = {text: tokenizer.encode(text + END_OF_TEXT) for text in islice(read_documents(stories), most)}
+    ids = {text: row for text, row in ids.items() if len(row) <= room}
+    if not ids: return {}
+    losses = continuation_losses(model, [[separator]] * len(ids), list(ids.values()))
+    tokens, floor = sum(map(len, losses)), -sum(parse_story(text.strip()).log_probability for text in ids)
+    return {"stories": len(ids), "tokens": tokens, "loss": sum(map(sum, losses)) / tokens, "floor": floor / tokens}
+
+# %% ../nbs/16_openwebtext.ipynb #bc9d689c
 def run_grammar(seed: int, prepared: Prepared, *, runs_dir: str | os.PathLike = "runs", records: str | os.PathLike = "figures/runs", samples: int = 50,
                 parts: TrainParts | None = None, changes: Mapping | None = None) -> RunLog:
-    "Train and record `small-grammar-lr3e-3-seedN` with the measures `floor`, `excess`, `parse_share`, `whole_stories`; its checkpoint stays."
+    """Train and record `small-grammar-lr3e-3-seedN` with the measures `floor`, `excess`, `read_whole`, `parse_share`, `whole_stories`;
+    its checkpoint stays."""
     cell, parts = Cell("small", "grammar", 3e-3, seed), parts or TrainParts()
     config = cell_config(cell, prepared, runs_dir, {"keep_checkpoints": 1, **(changes or {})})
     config = replace(config, model=replace(config.model, vocab_size=cell.settings["model"].vocab_size))
@@ -244,6 +258,7 @@ def run_grammar(seed: int, prepared: Prepared, *, runs_dir: str | os.PathLike = 
     model, model_config, tokenizer = load_model(folder, config.device)
     texts = generate_batch(model, tokenizer, [""] * samples, max_new_tokens=model_config.context_length, seed=0)
     measures |= story_measures([text.strip() for text in texts], prepared, measures["loss"]) | {"samples": samples}
+    measures["read_whole"] = read_whole(model, tokenizer, prepared.corpus.valid)
     with write_aside(folder / "report.json", "w") as file: json.dump(measures, file)
     return read_log(record_run(folder, records, most_steps=250, digits=6))
 

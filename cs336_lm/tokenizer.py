@@ -30,16 +30,16 @@ __all__ = ['LONG_PRETOKEN', 'CACHE_SLOTS', 'CACHE_CHARS', 'CACHE_IDS', 'BYTE_TO_
            'FAST_IDS', 'LARGE_PIECE', 'STORE_TWINS', 'NO_ID', 'NO_RANK', 'SHORT_WORD', 'NO_OFFER', 'CACHE_ROWS',
            'KEY_MASKS', 'AHEAD', 'BLOCK_BYTES', 'DECODE_BLOCK', 'DECODE_IDS', 'TOKEN_COLOURS', 'VIEW_STYLE',
            'merge_in_order', 'merge_by_rank', 'merge_with_heap', 'invert_vocab', 'check_merge', 'append_specials',
-           'join_tokens', 'text_parts', 'new_cache', 'remember', 'no_text', 'encode_utf8', 'look_up', 'ByteLevelBPE',
-           'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'StreamingBPE', 'byte_to_unicode',
-           'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays', 'last_cut', 'Tokenizer',
-           'save_tokenizer', 'read_specials', 'load_tokenizer', 'put_ids', 'copy_16', 'highest_bit', 'part_of',
-           'store_code', 'pair_row', 'pair_group', 'find_rank', 'place_group', 'place_pairs', 'pair_table',
-           'pair_group_of', 'MergeTables', 'merge_tables', 'start_word', 'least_offer', 'merge_step', 'merge_short',
-           'heap_push', 'heap_pop', 'gather', 'push_pair', 'merge_long', 'same_word', 'swap_rows', 'keep_word',
-           'ask_for_rows', 'find_special', 'encode_new', 'keep_ids', 'encode_missing', 'encode_pieces', 'lay_out',
-           'encode_laid_out', 'encode_16', 'encode_32', 'Bench', 'raise_not_utf8', 'block_ids', 'FastEncoder',
-           'telling', 'load_encoder', 'warm_up', 'make_fast', 'TokenTable', 'token_table', 'decode_some',
+           'several', 'join_tokens', 'text_parts', 'new_cache', 'remember', 'no_text', 'encode_utf8', 'look_up',
+           'ByteLevelBPE', 'proper_beginnings', 'open_places', 'settled_parts', 'cut_pieces', 'StreamingBPE',
+           'byte_to_unicode', 'token_to_text', 'text_to_token', 'read_json', 'read_vocab', 'read_merges', 'pays',
+           'last_cut', 'Tokenizer', 'save_tokenizer', 'read_specials', 'load_tokenizer', 'put_ids', 'copy_16',
+           'highest_bit', 'part_of', 'store_code', 'pair_row', 'pair_group', 'find_rank', 'place_group', 'place_pairs',
+           'pair_table', 'pair_group_of', 'MergeTables', 'merge_tables', 'start_word', 'least_offer', 'merge_step',
+           'merge_short', 'heap_push', 'heap_pop', 'gather', 'push_pair', 'merge_long', 'same_word', 'swap_rows',
+           'keep_word', 'ask_for_rows', 'find_special', 'encode_new', 'keep_ids', 'encode_missing', 'encode_pieces',
+           'lay_out', 'encode_laid_out', 'encode_16', 'encode_32', 'Bench', 'raise_not_utf8', 'block_ids',
+           'FastEncoder', 'telling', 'load_encoder', 'warm_up', 'make_fast', 'TokenTable', 'token_table', 'decode_some',
            'decode_array', 'id_array', 'in_order', 'thread_count', 'text_groups', 'visible', 'token_html', 'TokenView',
            'mergeable_ranks', 'check_all_bytes', 'need', 'tiktoken_encoding', 'huggingface_vocab',
            'huggingface_tokenizer']
@@ -121,12 +121,19 @@ def append_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_toke
         vocab[ids[token]] = token
 
 # %% ../nbs/05_tokenizer.ipynb #5c25f856
+def several(ids: Iterable[int]) -> Sequence[int]:
+    "The ids in a form that has a length; `TypeError` for a single one, `ValueError` for rows of them."
+    if not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0:
+        raise TypeError(f"Ids to decode are a flat list, array or tensor, not {ids!r}: for one id write [{ids!r}].")
+    ids = ids if hasattr(ids, "__len__") else list(ids)
+    if getattr(ids, "ndim", 1) > 1 or len(ids) and isinstance(ids[0], list): raise ValueError("The ids to decode have more than one axis: decode row by row.")
+    return ids
+
+
 def join_tokens(vocab: Mapping[int, bytes], ids: Iterable[int]) -> bytes:
     "The bytes of these ids (list, array or tensor, flat); `ValueError` naming the first id that the vocabulary lacks."
+    ids = several(ids)
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(ids, Iterable): raise TypeError(f"Ids to decode are a flat list, array or tensor, not {ids!r}: for one id write [{ids!r}].")
-    ids = list(ids)
-    if ids and isinstance(ids[0], list): raise ValueError("The ids to decode have more than one axis: decode row by row.")
     try: return b"".join([vocab[id] for id in ids])
     except KeyError:
         bad = next(id for id in ids if id not in vocab)
@@ -441,20 +448,17 @@ class Tokenizer(StreamingBPE):
 
     def decode(self, ids: Iterable[int]) -> str:
         "The text of these ids, U+FFFD for malformed bytes; `ValueError` naming an id that the vocabulary lacks."
-        ids = ids if hasattr(ids, "__len__") or not isinstance(ids, Iterable) else list(ids)
-        data = self._decoded(ids)
+        data = self._decoded(ids := several(ids))
         return str(join_tokens(self.vocab, ids) if data is None else data.getbuffer(), "utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         "The bytes of these ids, which may end inside a character; `ValueError` naming an unknown id."
-        ids = ids if hasattr(ids, "__len__") or not isinstance(ids, Iterable) else list(ids)
-        data = self._decoded(ids)
+        data = self._decoded(ids := several(ids))
         return join_tokens(self.vocab, ids) if data is None else data.getvalue()
 
     def _decoded(self, ids: Sequence[int]) -> io.BytesIO | None:
         "What compiled code makes of the ids; None if the clear version must serve, or say what is wrong."
-        few = not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) == 0 or len(ids) < (FAST_IDS if _loaded else LOAD_CHARS)
-        if few or not self.fast or not self._token_table: return None
+        if len(ids) < (FAST_IDS if _loaded else LOAD_CHARS) or not self.fast or not self._token_table: return None
         flat = id_array(ids)
         return None if flat is None else decode_array(self._token_table, flat)
 

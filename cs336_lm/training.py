@@ -1241,13 +1241,18 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict] | None:
     return None
 
 # %% ../nbs/11_training.ipynb #b6b2d3d9
+def _whole_lines(log: Path) -> list[dict]:
+    "The records of a log up to a line that was torn by a crash, whose rest was never written; none where there is no log."
+    records = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []:
+        try: records.append(json.loads(line))
+        except ValueError: break
+    return records
+
+
 def _truncate_log(path: Path, step: int) -> list[dict]:
     "Cut a log back to a step: its header and the whole lines up to there stay, and are returned."
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try: record = json.loads(line)
-        except ValueError: break  # torn by a crash: the rest of that line was never written
-        if record["kind"] == "header" or record.get("step", math.inf) <= step: kept.append(record)
+    kept = [record for record in _whole_lines(path) if record["kind"] == "header" or record.get("step", math.inf) <= step]
     with write_aside(path, "w") as file: file.writelines(map(_json_line, kept))
     return kept
 
@@ -1290,7 +1295,7 @@ def _take_up(run: Run, found: tuple[Path, dict] | None) -> None:
 def _keep_log(folder: Path) -> None:
     "Before a run without a checkpoint starts over: put a log that has steps aside, and say so."
     log = folder / "log.jsonl"
-    if log.is_file() and '"kind": "step"' in log.read_text(encoding="utf-8", errors="replace"):
+    if any(record["kind"] == "step" for record in _whole_lines(log)):
         os.replace(log, old := folder / "log.jsonl.old")
         warnings.warn(f"{folder} has no checkpoint: it starts over at step 1; the former log is now {old.name}", stacklevel=3)
 
@@ -1388,14 +1393,12 @@ def _make_folder(folder: Path) -> FolderLock:
 # %% ../nbs/11_training.ipynb #988fff6f
 def _check_start_over(folder: Path, asked: TrainConfig) -> None:
     "`ValueError` if a folder without a checkpoint is no run's, has finished, or has other settings."
-    log, others = folder / "log.jsonl", {p.name for p in folder.iterdir()} - {"checkpoints"}
     if not (folder / "config.json").is_file():
-        if others - {name for name in others if name.endswith(".tmp")}:
-            raise ValueError(f"{folder} is no run's folder: it has no config.json but {sorted(others)[0]}; choose another name")
+        if others := sorted(p.name for p in folder.iterdir() if p.name != "checkpoints" and p.suffix != ".tmp"):
+            raise ValueError(f"{folder} is no run's folder: it has no config.json but {others[0]}; choose another name")
         return  # killed before its configuration was written
     _check_same(asdict(load_config(folder)), asdict(asked), folder)
-    ends = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if '"kind": "end"' in line] if log.is_file() else []
-    if ends and '"status": "finished"' in ends[-1]:
+    if (last := _whole_lines(folder / "log.jsonl")[-1:]) and last[0].get("status") == "finished":
         raise ValueError(f"{folder} has finished and has no checkpoint to go on from; to train it again choose another name")
 
 

@@ -65,8 +65,7 @@ def test_blank_pieces_are_no_documents(tmp_path, blank):
         counter = chapter.DocumentCounter()
         data = path.read_bytes()
         for start in range(0, len(data), size): counter.add(data[start:start + size])
-        counter.end(counter.held, 0, len(counter.held))
-        assert counter.documents == describe_file(path)["documents"] == 2
+        assert counter.finish() == describe_file(path)["documents"] == 2
 
 
 def test_name_of_the_corpus_and_bar(tmp_path, capsys):

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from cs336_lm import experiments as ex, grids, samples as sa
-from cs336_lm.corpora import END_OF_TEXT, read_documents
+from cs336_lm.corpora import END_OF_TEXT, parse_story, read_documents
 from cs336_lm.dataset import encode_file
 from cs336_lm.grids import copied, distinct, text_loss
+from cs336_lm.optimization import cross_entropy
 from cs336_lm.training import TrainConfig, load_model, train
-from cs336_lm.transformer import ModelConfig
+from cs336_lm.transformer import ModelConfig, TransformerLM
 
 TOY = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 64, "context_length": 24}
 SMALL = {"train": (3, 4_000, 1_000), "valid": (1, 4_000, 3)}
@@ -35,6 +36,20 @@ def run(grammar, tmp_path_factory):
     return log, folder / "runs" / log.name
 
 
+def test_stories_read_from_their_beginning_cost_what_the_model_says_row_by_row(grammar):
+    torch.manual_seed(3)
+    model = TransformerLM(ModelConfig(**{**TOY, "context_length": 256}, vocab_size=grammar.tokenizer.vocab_size))
+    nats = floor = tokens = 0
+    for text in list(read_documents(grammar.corpus.valid))[:7]:
+        ids = grammar.tokenizer.encode(END_OF_TEXT + text + END_OF_TEXT)
+        assert len(ids) <= 257
+        with torch.no_grad(): nats += cross_entropy(model(torch.tensor(ids[:-1])), torch.tensor(ids[1:])).item() * (len(ids) - 1)
+        floor, tokens = floor - parse_story(text.strip()).log_probability, tokens + len(ids) - 1
+    found = sa.read_whole(model, grammar.tokenizer, grammar.corpus.valid, most=7)
+    assert (found["stories"], found["tokens"]) == (7, tokens)
+    assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5) and found["floor"] == pytest.approx(floor / tokens)
+
+
 def test_encoding_by_tiktoken_gives_the_token_file(grammar, tmp_path):
     for text, made in ((grammar.corpus.train, grammar.train), (grammar.corpus.valid, grammar.valid)):
         again = encode_file(grammar.tokenizer, text, tmp_path / made.path.name, corpus_name="grammar")
@@ -54,6 +69,7 @@ def test_the_grammars_run_keeps_the_models_table_and_knows_its_floor(grammar, ru
     assert log.name == "small-grammar-lr3e-3-seed0" and log.header["corpus"]["name"] == "grammar"
     assert log.header["config"]["model"]["vocab_size"] == 10_000 > grammar.tokenizer.vocab_size
     assert log.measures["excess"] == pytest.approx(log.measures["loss"] - log.measures["floor"]) and log.measures["floor"] > 0
+    assert log.measures["read_whole"] == {}  # rows of 24 tokens hold no story
     assert load_model(folder)[1].vocab_size == 10_000
 
 
