@@ -79,7 +79,7 @@ VARIANTS: dict[str, Variant] = {
     "no-rmsnorm-cosine800": Variant("no RMSNorm, the rate at its minimum from step 800 on", {"norm": "none"},
                                     {"cosine_steps": 800}),
     **{f"batch{n}": _batch_variant(n, 10_240_000 if n < 32 else 40_960_000) for n in (1, 8, 32, 128, 256, 512, 1024)},
-    **{f"batch{n}": _batch_variant(n, 24 * 256 * n) for n in (2048, 4096, 5888)},  # for speed and memory only
+    **{f"batch{n}": _batch_variant(n, 24 * 256 * n) for n in (2048, 4096, 5376)},  # for speed and memory only
 }
 
 # %% ../nbs/14_learning_rate.ipynb #9152cc19
@@ -204,7 +204,7 @@ GRIDS: dict[str, Grid] = {
                         ("base", "no-rmsnorm"), ABLATION_RATES, (2,), 0),
     "third_cosine": Grid("a third seed of no RMSNorm with the early end of the cosine", ("no-rmsnorm-cosine800",), ABLATION_RATES, (2,), 0),
     "batch_of_one": Grid("a row a step", ("batch1",), (3e-4, 1e-3), (0,), 0),
-    "large_batches": Grid("batches for speed and memory only", ("batch2048", "batch4096", "batch5888"), (1e-3,), (0,), 0),
+    "large_batches": Grid("batches for speed and memory only", ("batch2048", "batch4096", "batch5376"), (1e-3,), (0,), 0),
     "optimizer": Grid("warm-up, second moment and weight decay, one change each around the best cell",
                       tuple(v for v in VARIANTS if re.match("warmup|beta2|decay", v)), (3e-3,), (0,), 1, (1, 2)),
     "shapes": Grid("vocabulary and context length, one change each around the best cell",
@@ -1198,7 +1198,8 @@ def _costs(axes, best: Mapping[int, GridLog], grid: Sequence[GridLog], colours: 
                               (axes[2], memory, "peak memory (GiB)")):
         ax.plot(sizes, values, "o-", color=PALETTE[0])
         ax.set(xscale="log", xlabel="batch size (rows)", ylabel=label, ylim=(0, None))
-        ax.set_xticks(sizes, sizes, rotation=60, fontsize=9)
+        named = [f"{size}" if not later or later[0] > 1.5 * size else "" for size, later in ((s, sizes[i:]) for i, s in enumerate(sizes, 1))]
+        ax.set_xticks(sizes, named, rotation=60, fontsize=9)
         ax.xaxis.set_minor_locator(NullLocator())
 
 # %% ../nbs/14_learning_rate.ipynb #77231b5e
