@@ -13,9 +13,10 @@ from .optimization import check_target_type, cross_entropy
 from .transformer import ModelConfig, TransformerLM
 
 # %% auto #0
-__all__ = ['THREE_STAGES', 'TWO_STAGES', 'attention_forward_clear', 'attention_backward_clear', 'linear_cross_entropy_clear',
-           'attention_op', 'attention_backward_op', 'linear_cross_entropy_op', 'fused_attention', 'fused_training_loss',
-           'kernels_fit', 'use_kernels', 'kernel_errors']
+__all__ = ['THREE_STAGES', 'TWO_STAGES', 'ONE_PASS_TIME', 'ROW_BLOCKS', 'ROW_SHARED', 'ONE_READ_VOCAB', 'attention_forward_clear',
+           'attention_backward_clear', 'linear_cross_entropy_clear', 'attention_op', 'attention_backward_op',
+           'linear_cross_entropy_op', 'fused_attention', 'fused_training_loss', 'kernels_fit', 'use_kernels',
+           'kernel_errors']
 
 # %% ../nbs/09b_kernels.ipynb #68950490
 def _heads(x: Tensor, num_heads: int) -> Tensor: return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
@@ -197,8 +198,46 @@ def _attention_backward_queries(QKV, COS, SIN, LSE, DELTA, GRAD, DQKV, T, H, sca
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
     _store(DQ, dq * (scale * 0.6931471805599453), own, T, 3 * W, COS, SIN, TURN, B, D)
 
+# %% ../nbs/09b_kernels.ipynb #fba60267
+@_kernel
+def _attention_backward_row(QKV, COS, SIN, OUT, LSE, GRAD, DQKV, T, H, scale, TURN: tl.constexpr, D: tl.constexpr,
+                            BM: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr):
+    head, W = tl.program_id(0), H * D
+    start = (head // H).to(tl.int64) * T * W
+    Q, DQ, own = QKV + start * 3 + (head % H) * D, DQKV + start * 3 + (head % H) * D, start + (head % H) * D
+    qs, gs, lses, deltas, dqs = (), (), (), (), ()
+    for i in tl.static_range(BLOCKS):
+        rows = i * BM + tl.arange(0, BM)
+        qs = qs + (_load(Q, rows, T, 3 * W, COS, SIN, TURN, BM, D),)
+        gs = gs + (_load(GRAD + own, rows, T, W, COS, SIN, False, BM, D),)
+        o = _load(OUT + own, rows, T, W, COS, SIN, False, BM, D).to(tl.float32)
+        lses = lses + (tl.load(LSE + head.to(tl.int64) * T + rows, mask=rows < T, other=0.0),)
+        deltas = deltas + (tl.sum(o * gs[i].to(tl.float32), 1),)
+        dqs = dqs + (tl.zeros((BM, D), tl.float32),)
+    for j in tl.static_range(BLOCKS):
+        for n0 in range(j * BM, tl.minimum(j * BM + BM, T), BN):
+            cols = n0 + tl.arange(0, BN)
+            k = _load(Q + W, cols, T, 3 * W, COS, SIN, TURN, BN, D)
+            v = _load(Q + 2 * W, cols, T, 3 * W, COS, SIN, False, BN, D)
+            dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
+            for i in tl.static_range(j, BLOCKS):
+                s = tl.dot(qs[i], tl.trans(k), input_precision="ieee") * scale
+                p = tl.exp2(s - lses[i][:, None])
+                if i == j: p = tl.where(cols[None, :] <= i * BM + tl.arange(0, BM)[:, None], p, 0.0)
+                dv = tl.dot(tl.trans(p.to(v.dtype)), gs[i], dv, input_precision="ieee")
+                ds = (p * (tl.dot(gs[i], tl.trans(v), input_precision="ieee") - deltas[i][:, None])).to(k.dtype)
+                dk = tl.dot(tl.trans(ds), qs[i], dk, input_precision="ieee")
+                dqs = dqs[:i] + (tl.dot(ds, k, dqs[i], input_precision="ieee"),) + dqs[i + 1:]
+            _store(DQ + W, dk * (scale * 0.6931471805599453), cols, T, 3 * W, COS, SIN, TURN, BN, D)
+            _store(DQ + 2 * W, dv, cols, T, 3 * W, COS, SIN, False, BN, D)
+    for i in tl.static_range(BLOCKS):
+        _store(DQ, dqs[i] * (scale * 0.6931471805599453), i * BM + tl.arange(0, BM), T, 3 * W, COS, SIN, TURN, BM, D)
+
 # %% ../nbs/09b_kernels.ipynb #a1229fa1
 THREE_STAGES, TWO_STAGES = 608, 352  # bytes of shared memory for each byte of a head's row; an H100 needs more and has more
+ONE_PASS_TIME = 0  # longest rows whose backward pass is `_attention_backward_row`; 256 is what its registers hold
+ROW_BLOCKS, ROW_SHARED = (128, 64, 8), 1536  # its queries, keys and warps; and bytes of shared memory as above
+ONE_READ_VOCAB = 0  # most entries of a vocabulary whose logits `_cross_entropy_row` keeps in registers; at most 32,768
 
 
 def _shared_bytes(device: torch.device) -> int:
@@ -215,6 +254,17 @@ def _stages(d: int, itemsize: int, shared_bytes: int) -> int:
 def _launch(kernel, time: int, heads: int, tensors: tuple, scale: float, turn: bool, d: int, block: int, **sizes) -> None:
     "Run an attention kernel with a program for each block of rows of each head."
     kernel[(triton.cdiv(time, block) * heads,)](*tensors, scale, turn, d, block, **sizes)
+
+
+def _one_pass(time: int, d: int, itemsize: int, shared_bytes: int) -> bool:
+    "Whether the backward pass of rows of `time` positions is one launch: its registers hold a head's gradient, its shared memory a head."
+    return time <= ONE_PASS_TIME and d <= 32 and itemsize == 2 and ROW_SHARED * d * itemsize <= shared_bytes
+
+
+def _launch_row(heads: int, time: int, tensors: tuple, num_heads: int, turn: bool, d: int, block: int, keys: int, warps: int) -> None:
+    "Run `_attention_backward_row`, a program for each head."
+    _attention_backward_row[(heads,)](*tensors, time, num_heads, 1 / (math.log(2) * math.sqrt(d)), turn, d, block, keys,
+                                      triton.cdiv(time, block), num_warps=warps, num_stages=1)
 
 
 @torch.library.custom_op("cs336_lm::attention", mutates_args=())
@@ -245,6 +295,9 @@ def attention_backward_op(grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Te
     if not qkv.is_cuda: return attention_backward_clear(grad, qkv, cos, sin, out, lse, num_heads)
     (batch, time, width), grad, qkv = qkv.shape, grad.contiguous(), qkv.contiguous()
     delta, dqkv, d = torch.empty_like(lse), torch.empty_like(qkv), width // 3 // num_heads
+    if _one_pass(time, d, qkv.itemsize, _shared_bytes(qkv.device)):
+        _launch_row(batch * num_heads, time, (qkv, cos, sin, out, lse, grad, dqkv), num_heads, cos is not None, d, *ROW_BLOCKS)
+        return dqkv
     _attention_delta[(triton.cdiv(time, 128) * batch * num_heads,)](out, grad, delta, time, num_heads, d, 128, num_warps=4)
     for kernel in (_attention_backward_keys, _attention_backward_queries):
         _launch(kernel, time, batch * num_heads, (qkv, cos, sin, lse, delta, grad, dqkv, time, num_heads),
@@ -293,6 +346,43 @@ def _cross_entropy(LOGITS, TARGETS, LOSSES, COUNT, V, ignore, BLOCK: tl.constexp
         tl.store(at + cols, (grad * unit).to(LOGITS.dtype.element_ty), mask=cols < V)
 
 # %% ../nbs/09b_kernels.ipynb #e4e8cc2a
+@_kernel
+def _cross_entropy_row(LOGITS, TARGETS, LOSSES, COUNT, V, ignore, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target, at = tl.load(TARGETS + row), LOGITS + row * V
+    kept, inside = target != ignore, (target >= 0) & (target < V)
+    chosen = tl.load(at + target, mask=kept & inside, other=0.0).to(tl.float32)
+    head, tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+    x = tl.load(at + head, mask=head < V, other=-float("inf")).to(tl.float32)
+    y = tl.load(at + tail, mask=tail < V, other=-float("inf")).to(tl.float32)
+    top = tl.maximum(tl.max(x, 0), tl.max(y, 0))
+    x, y = tl.exp(x - top), tl.exp(y - top)
+    total, wrong = tl.sum(x, 0) + tl.sum(y, 0), tl.where(inside, 0.0, float("nan"))
+    tl.store(LOSSES + row, tl.where(kept, top + tl.log(total) - chosen + wrong, 0.0))
+    unit = tl.where(kept, 1.0 / tl.load(COUNT) + wrong, 0.0)
+    x = (x / total - tl.where(head == target, 1.0, 0.0)) * unit
+    y = (y / total - tl.where(tail == target, 1.0, 0.0)) * unit
+    tl.store(at + head, x.to(LOGITS.dtype.element_ty), mask=head < V)
+    tl.store(at + tail, y.to(LOGITS.dtype.element_ty), mask=tail < V)
+
+# %% ../nbs/09b_kernels.ipynb #8c99b352
+def _power(n: int) -> int: return 1 << max(n - 1, 0).bit_length()
+
+
+def _row_blocks(vocab: int) -> tuple[int, int]:
+    "Two powers of two that together hold a row of logits."
+    head = max(_power(vocab) // 2, 1)
+    return head, _power(vocab - head)
+
+
+def _launch_loss(logits: Tensor, targets: Tensor, losses: Tensor, count: Tensor, ignore_index: int) -> None:
+    "Losses of rows of logits, which become the gradient of their mean."
+    rows, vocab = logits.shape
+    if vocab <= ONE_READ_VOCAB: kernel, blocks, warps = _cross_entropy_row, _row_blocks(vocab), 8 if vocab <= 16_384 else 16
+    else: kernel, blocks, warps = _cross_entropy, (min(4096, _power(vocab)),), 4
+    kernel[(rows,)](logits, targets, losses, count, vocab, ignore_index, *blocks, num_warps=warps)
+
+# %% ../nbs/09b_kernels.ipynb #1ff4bc5f
 def _check_targets(hidden: Tensor, targets: Tensor) -> None:
     "ValueError where there is not one target of int32 or int64 for each row of `hidden`."
     check_target_type(targets)
@@ -309,8 +399,8 @@ def linear_cross_entropy_op(hidden: Tensor, weight: Tensor, targets: Tensor, ign
     if not hidden.is_cuda: return linear_cross_entropy_clear(hidden, weight, targets, ignore_index)
     logits, targets = hidden @ weight.T, targets.contiguous()
     losses = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
-    count, block = (targets != ignore_index).sum().float(), min(4096, triton.next_power_of_2(len(weight)))
-    _cross_entropy[(len(hidden),)](logits, targets, losses, count, len(weight), ignore_index, block, num_warps=4)
+    count = (targets != ignore_index).sum().float()
+    _launch_loss(logits, targets, losses, count, ignore_index)
     return losses.sum() / count, logits  # which are the gradient by now
 
 

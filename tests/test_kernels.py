@@ -168,18 +168,25 @@ for batch, time, heads, d, turn in ((2, 70, 2, 16, True), (1, 33, 1, 32, False))
     k._attention_delta[(batch * heads,)](out, grad, delta, time, heads, d, 128)
     for kernel in (k._attention_backward_keys, k._attention_backward_queries):
         k._launch(kernel, *sizes, (qkv, cos, sin, lse, delta, grad, got, time, heads), scale, turn, d, 64, STREAM=32)
-    torch.testing.assert_close(got, k.attention_backward_clear(grad, qkv, cos, sin, clear, clear_lse, heads), rtol=1e-4, atol=1e-5)
-hidden, weight, targets = torch.randn(7, 8), torch.randn(100, 8), torch.randint(0, 100, (7,))
-targets[2] = -100
-logits, losses = hidden @ weight.T, torch.empty(7)
-k._cross_entropy[(7,)](logits, targets, losses, torch.tensor(6.0), 100, -100, 32)
-loss, grad = k.linear_cross_entropy_clear(hidden, weight, targets, -100)
-torch.testing.assert_close((losses.sum() / 6, logits), (loss, grad), rtol=1e-4, atol=1e-6)
-targets[0], targets[5], logits = 100, -1, hidden @ weight.T  # no entries of the vocabulary: nan, not a number from another row
-k._cross_entropy[(7,)](logits, targets, losses, torch.tensor(6.0), 100, -100, 32)
-wrong = torch.tensor([True, False, False, False, False, True, False])
-assert torch.equal(losses.isnan(), wrong) and torch.equal(logits.isnan(), wrong[:, None].expand(7, 100))
-torch.testing.assert_close(logits[~wrong], grad[~wrong], rtol=1e-4, atol=1e-6)
+    right = k.attention_backward_clear(grad, qkv, cos, sin, clear, clear_lse, heads)
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    for block, keys in ((64, 32), (64, 64), (128, 64), (32, 16)):
+        got.fill_(torch.nan)
+        k._launch_row(batch * heads, time, (qkv, cos, sin, clear, clear_lse, grad, got), heads, turn, d, block, keys, 8)
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+for limit, vocab, integers in ((0, 100, torch.int64), (32_768, 100, torch.int32), (32_768, 64, torch.int64), (32_768, 1, torch.int64), (32_768, 130, torch.int64)):
+    k.ONE_READ_VOCAB = limit
+    hidden, weight, targets = torch.randn(7, 8), torch.randn(vocab, 8), torch.randint(0, vocab, (7,), dtype=integers)
+    targets[1], targets[2], targets[3] = vocab - 1, -100, 0
+    logits, losses, count = hidden @ weight.T, torch.empty(7), torch.tensor(6.0)
+    k._launch_loss(logits, targets, losses, count, -100)
+    loss, grad = k.linear_cross_entropy_clear(hidden, weight, targets.long(), -100)
+    torch.testing.assert_close((losses.sum() / 6, logits), (loss, grad), rtol=1e-4, atol=1e-6)
+    targets[0], targets[5], logits = vocab, -1, hidden @ weight.T  # no entries of the vocabulary: nan, not a number from another row
+    k._launch_loss(logits, targets, losses, count, -100)
+    wrong = torch.tensor([True, False, False, False, False, True, False])
+    assert torch.equal(losses.isnan(), wrong) and torch.equal(logits.isnan(), wrong[:, None].expand(7, vocab))
+    torch.testing.assert_close(logits[~wrong], grad[~wrong], rtol=1e-4, atol=1e-6)
 """
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                                   reason="Triton is not installed (it comes with CUDA builds of torch)")
@@ -204,7 +211,7 @@ def test_kernels_fit_where_the_shared_memory_is_enough(monkeypatch, card, widths
     assert tuple(d for d, fit in fits.items() if fit) == widths
 
 
-def shared_memory(kernel, d, capability, stages, **sizes):
+def shared_memory(kernel, d, capability, stages, warps=4, **sizes):
     "Bytes of shared memory of a kernel for bf16, compiled without a GPU."
     import triton
     from triton.backends.compiler import GPUTarget
@@ -214,7 +221,7 @@ def shared_memory(kernel, d, capability, stages, **sizes):
     signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] in "*i"}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=4, num_stages=stages)).metadata.shared
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps, num_stages=stages)).metadata.shared
 
 
 @NEEDS_TRITON
@@ -228,9 +235,29 @@ def test_kernels_compile_to_the_shared_memory_of_a_card(card, d):
         assert shared_memory(kernel, d, capability, stages, B=64, STREAM=32) <= room
 
 
+@NEEDS_TRITON
+@pytest.mark.parametrize("card", ["RTX 4090", "A100", "H100"])
+def test_the_one_pass_kernel_compiles_to_what_is_said_of_it(card):
+    (capability, room), (block, keys, warps) = CARDS[card], kernels.ROW_BLOCKS
+    assert kernels.ROW_SHARED * 32 * 2 <= room
+    used = shared_memory(kernels._attention_backward_row, 32, capability, 1, warps, BM=block, BN=keys, BLOCKS=-(-256 // block))
+    assert used <= kernels.ROW_SHARED * 32 * 2
+
+
+def test_one_pass_only_where_registers_and_shared_memory_are_enough(monkeypatch):
+    assert not kernels._one_pass(1, 32, 2, 232_448) or kernels.ONE_PASS_TIME
+    monkeypatch.setattr(kernels, "ONE_PASS_TIME", 256)
+    fits = {(t, d, i, room): kernels._one_pass(t, d, i, room) for t in (1, 256, 257) for d in (16, 32, 64) for i in (2, 4) for room in (65_536, 232_448)}
+    assert {sizes for sizes, fit in fits.items() if fit} == {(t, d, 2, room) for t in (1, 256) for d in (16, 32) for room in (65_536, 232_448)
+                                                             if (d, room) != (32, 65_536)}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sizes", [{}, dict(batch=4096, time=16, heads=16, d=16), dict(batch=1, time=64, heads=1, d=16), dict(batch=2, time=513, heads=3, d=64), dict(d=128, vocab=50_257)])
-def test_kernels_on_a_gpu(sizes):
+@pytest.mark.parametrize("short", [False, True])
+def test_kernels_on_a_gpu(monkeypatch, sizes, short):
+    monkeypatch.setattr(kernels, "ONE_PASS_TIME", 256 * short)
+    monkeypatch.setattr(kernels, "ONE_READ_VOCAB", 32_768 * short)
     errors = kernel_errors(**sizes)
     assert max(errors.values()) < 2e-2, errors
 
