@@ -328,14 +328,14 @@ attention_op.register_autograd(_attention_gradient, setup_context=_keep_attentio
 def _cross_entropy(LOGITS, TARGETS, LOSSES, COUNT, V, ignore, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target, at = tl.load(TARGETS + row), LOGITS + row * V
+    kept, inside = target != ignore, (target >= 0) & (target < V)
+    chosen = tl.load(at + target, mask=kept & inside, other=0.0).to(tl.float32)  # before any warp can have put the gradient there
     top, total = -float("inf"), 0.0
     for v0 in range(0, V, BLOCK):
         cols = v0 + tl.arange(0, BLOCK)
         x = tl.load(at + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
         new = tl.maximum(top, tl.max(x, 0))
         total, top = total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0), new
-    kept, inside = target != ignore, (target >= 0) & (target < V)
-    chosen = tl.load(at + target, mask=kept & inside, other=0.0).to(tl.float32)
     wrong = tl.where(inside, 0.0, float("nan"))
     tl.store(LOSSES + row, tl.where(kept, top + tl.log(total) - chosen + wrong, 0.0))
     unit = tl.where(kept, 1.0 / tl.load(COUNT) + wrong, 0.0)
