@@ -185,7 +185,7 @@ class TrainConfig:
     max_lr: float = 3e-3  # learning rate after the warmup
     min_lr: float = 3e-4  # learning rate of the last step
     warmup_steps: int = 200  # steps of linear rise from 0
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the blocks' matrices, the rest is AdamW's; not with fsdp
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, adamw for the rest; not with fsdp
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay of the two moments
     eps: float = 1e-8  # AdamW's guard against division by zero
     weight_decay: float = 0.1  # decoupled weight decay

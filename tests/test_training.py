@@ -223,7 +223,7 @@ def test_training_with_muon_is_the_clear_loop_and_the_loss_falls(config):
                            config.steps, max_grad_norm=config.max_grad_norm, loss_function=torch_cross_entropy)
     saved = torch.load(result.checkpoint, weights_only=True)
     assert same_bits(saved["model"], model.state_dict())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     matrices = len(saved["optimizer"]["param_groups"][0]["params"])
     kept = [sorted(state) for state in saved["optimizer"]["state"].values()]
     assert kept[:matrices] == [["momentum_buffer"]] * 7 and kept[matrices:] == [["exp_avg", "exp_avg_sq", "step"]] * (len(kept) - 7)
