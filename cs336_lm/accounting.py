@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['COMPONENTS', 'ADAMW_OPERATIONS', 'CARDS', 'CAPACITIES', 'count_parameters', 'count_gpt2_parameters', 'Product',
            'matrix_products', 'forward_flops', 'training_flops', 'flops_per_token', 'activation_numbers',
-           'memory_bytes', 'memory_line', 'max_batch_size', 'adamw_flops', 'Card', 'training_seconds', 'account']
+           'state_numbers', 'memory_bytes', 'memory_line', 'max_batch_size', 'adamw_flops', 'muon_flops', 'Card',
+           'training_seconds', 'account']
 
 # %% ../nbs/10_accounting.ipynb #a97ca0db
 from dataclasses import dataclass, replace
 
+from .optimization import newton_schulz_flops
 from .transformer import PRESETS, ModelConfig
 
 # %% ../nbs/10_accounting.ipynb #41370ba5
@@ -137,15 +139,26 @@ def activation_numbers(config: ModelConfig, batch_size: int = 1, context_length:
             "final norm": last, "logits": logits, "cross-entropy": logits}
 
 # %% ../nbs/10_accounting.ipynb #29ea7561
-def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int | None = None, *, ffn: str | None = None,
-                 bytes_per_number: int = 4) -> dict[str, int]:
-    """Bytes of parameters, gradients, AdamW's state and activations in training; their sum is the handout's peak.
+def state_numbers(config: ModelConfig, optimizer: str = "adamw") -> int:
+    """Numbers that the optimizer keeps: AdamW ("adamw") two for each parameter, Muon ("muon") one for its matrices.
 
-    `ffn` as in `activation_numbers`, ValueError as there. Source: handout problem `adamw_accounting` (a).
+    ValueError for another optimizer. Source: handout problem `adamw_accounting` (a); chapter 09's `split_parameters`.
+    """
+    if optimizer not in ("adamw", "muon"): raise ValueError(f"optimizer must be 'adamw' or 'muon', but is {optimizer!r}")
+    counts = count_parameters(config)
+    return 2 * sum(counts.values()) - (counts["attention"] + counts["feed_forward"]) * (optimizer == "muon")
+
+# %% ../nbs/10_accounting.ipynb #ef0e134d
+def memory_bytes(config: ModelConfig, batch_size: int = 1, context_length: int | None = None, *, ffn: str | None = None,
+                 bytes_per_number: int = 4, optimizer: str = "adamw") -> dict[str, int]:
+    """Bytes of parameters, gradients, optimizer state and activations in training; their sum is the handout's peak.
+
+    `ffn` as in `activation_numbers`, `optimizer` as in `state_numbers`, ValueError as there. Source: handout problem
+    `adamw_accounting` (a).
     """
     P = bytes_per_number * sum(count_parameters(config).values())
     A = bytes_per_number * sum(activation_numbers(config, batch_size, context_length, ffn=ffn).values())
-    return {"parameters": P, "gradients": P, "optimizer_state": 2 * P, "activations": A}
+    return {"parameters": P, "gradients": P, "optimizer_state": bytes_per_number * state_numbers(config, optimizer), "activations": A}
 
 # %% ../nbs/10_accounting.ipynb #afe19a08
 def memory_line(config: ModelConfig, context_length: int | None = None, *, ffn: str | None = None) -> tuple[int, int]:
@@ -167,6 +180,12 @@ ADAMW_OPERATIONS = {"decay": 1, "first moment": 3, "second moment": 4, "denomina
 def adamw_flops(config: ModelConfig) -> int:
     "FLOPs of one AdamW step: `ADAMW_OPERATIONS` on every parameter. Source: handout problem `adamw_accounting` (c)."
     return sum(ADAMW_OPERATIONS.values()) * sum(count_parameters(config).values())
+
+
+def muon_flops(config: ModelConfig) -> int:
+    "FLOPs of the matrix products in one Muon step: chapter 09's `newton_schulz_flops` of every matrix of the blocks."
+    projections, layers = 4 * newton_schulz_flops(config.d_model, config.d_model), {"swiglu": 3, "silu": 2}[config.ffn]
+    return config.num_layers * (projections + layers * newton_schulz_flops(config.d_model, config.d_ff))
 
 # %% ../nbs/10_accounting.ipynb #299d1462
 @dataclass(frozen=True)

@@ -605,14 +605,15 @@ def activation_bytes(config: ModelConfig, rows: int, compute_bytes: int = 2) -> 
     return wide + compute_bytes * sum(count for name, count in numbers.items() if name not in squares)
 
 # %% ../nbs/10b_distributed.ipynb #4c119326
-def rank_bytes(config: ModelConfig, ranks: int, stage: int, rows: int, compute_bytes: int = 2) -> dict[str, float]:
+def rank_bytes(config: ModelConfig, ranks: int, stage: int, rows: int, compute_bytes: int = 2,
+               optimizer: str = "adamw") -> dict[str, float]:
     """Bytes that one of `ranks` ranks holds in training on `rows` rows at once, by part; `stage` is ZeRO's, 0 to 3.
 
-    `compute_bytes` 2: products in bfloat16; 4: in float32, without a second copy of the weights. ValueError for
-    another stage. Source: Rajbhandari et al., 2020, and the derivation above.
+    `compute_bytes` 2: products in bfloat16; 4: in float32, without a second copy of the weights. `optimizer` as in chapter
+    10's `state_numbers`. ValueError for another stage or optimizer. Source: Rajbhandari et al., 2020, and the derivation above.
     """
     if stage not in (0, 1, 2, 3): raise ValueError(f"stage must be 0, 1, 2 or 3, but is {stage!r}")
-    memory = memory_bytes(config)
+    memory = memory_bytes(config, optimizer=optimizer)
     first_sharded_at = {"parameters": 3, "gradients": 2, "optimizer_state": 1}
     held = {part: memory[part] / (ranks if stage >= first else 1) for part, first in first_sharded_at.items()}
     block, rest = unit_parameters(config)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cs336_lm
-from .accounting import flops_per_token
+from .accounting import count_parameters, flops_per_token, state_numbers
 from .corpora import END_OF_TEXT, write_aside
 from .dataset import (IGNORE_INDEX, TokenFile, document_evaluation_batches, document_starts, evaluation_batches,
                               get_batch, get_document_batch, open_tokens, read_token_file)
@@ -32,8 +32,8 @@ from .distributed import (OLD, ModelCall, World, any_rank, bring_back, clip_grad
                                   save_shards, spread_state, sum_over_ranks, target_share)
 from .kernels import fused_training_loss, kernels_fit, use_kernels
 from .layers import swiglu_d_ff
-from .optimization import (AdamW, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
-                                   norm_and_scale, token_losses)
+from .optimization import (AdamW, Muon, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
+                                   muon_update_all, norm_and_scale, split_parameters, token_losses)
 from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
@@ -44,15 +44,16 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'QUEUED_SECONDS', 'DIVERGED_NATS'
            'float32_products', 'autocast', 'current_device', 'device_name', 'peak_flops', 'TokenRows', 'open_rows',
            'sample_tokens', 'to_device', 'document_rows', 'DeviceRows', 'Prefetch', 'batch_source', 'fits_device',
            'training_loss', 'evaluation_sums', 'torch_cross_entropy', 'eager_training_loss', 'call_model', 'evaluate',
-           'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'free_bytes', 'check_memory',
+           'weight_norm', 'block_sizes', 'Clock', 'Run', 'planned_bytes', 'muon_bytes', 'free_bytes', 'check_memory',
            'loss_and_gradients', 'leave_clipping', 'TrainStep', 'GraphedStep', 'initial_model', 'refill',
-           'compiled_functions', 'compile_blocks', 'TrainParts', 'build_run', 'is_sharded', 'autocast_precision',
-           'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival', 'send', 'has_work',
-           'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive', 'settle',
-           'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint', 'save_run',
-           'make_room', 'prepare_saving', 'sync_log', 'finish_saving', 'newest_checkpoint', 'open_run', 'FolderLock',
-           'check_resumable', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance', 'TrainResult', 'train',
-           'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many', 'load_model']
+           'compiled_functions', 'compile_blocks', 'TrainParts', 'build_optimizer', 'build_run', 'is_sharded',
+           'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival',
+           'send', 'has_work', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive',
+           'settle', 'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint',
+           'save_run', 'make_room', 'prepare_saving', 'sync_log', 'finish_saving', 'newest_checkpoint', 'open_run',
+           'FolderLock', 'check_resumable', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance',
+           'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many',
+           'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -184,9 +185,10 @@ class TrainConfig:
     max_lr: float = 3e-3  # learning rate after the warmup
     min_lr: float = 3e-4  # learning rate of the last step
     warmup_steps: int = 200  # steps of linear rise from 0
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, adamw for the rest; not with fsdp
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay of the two moments
     eps: float = 1e-8  # AdamW's guard against division by zero
-    weight_decay: float = 0.1  # AdamW's decoupled weight decay
+    weight_decay: float = 0.1  # decoupled weight decay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 0  # of the initial weights and of the order of the data
     eval_every: int = 500  # steps between evaluations on the whole validation file; 0: only at the end
@@ -224,6 +226,7 @@ _RULES = [
     ("max_grad_norm", _real(lambda v: v > 0), "a finite number above 0; a very large one, 1e9, never clips"),
     ("min_lr weight_decay memory_gb", _real(lambda v: v >= 0), "a finite number of at least 0"),
     ("betas", _pair, "two numbers from 0 to below 1"),
+    ("optimizer", ("adamw", "muon").__contains__, "'adamw' or 'muon'"),
     ("strategy", ("ddp", "fsdp").__contains__, "'ddp' or 'fsdp'"),
     ("rows", ("stream", "documents").__contains__, "'stream' or 'documents'"),
     ("precision", ("auto", "fp32", "tf32", "bf16").__contains__, "'auto', 'fp32', 'tf32' or 'bf16'"),
@@ -297,6 +300,8 @@ def resolve_config(config: TrainConfig, world: World = World()) -> TrainConfig:
     graph = config.graph if config.graph != "auto" else "on" if can_record and compile != "off" else "off"
     if graph == "on" and not can_record: raise ValueError("graph 'on' is for one GPU only; use 'auto' or 'off'")
     sharded = world.size > 1 and config.strategy == "fsdp"
+    if sharded and config.optimizer == "muon":
+        raise ValueError("optimizer 'muon' needs whole matrices, and strategy 'fsdp' shards them; use strategy 'ddp' or optimizer 'adamw'")
     fit = not sharded and kernels_fit(config.model, device, precision)
     kernels = config.kernels if config.kernels != "auto" else "on" if fit else "off"
     if kernels == "on" and not fit:
@@ -685,11 +690,18 @@ def planned_bytes(config: TrainConfig, world: World = World(), rows: int | None 
     "Bytes that each process of a resolved run needs at most, with `rows` rows (default: as configured) at once."
     rows = rows or config.micro_batch or config.batch_size // world.size
     number, model = (2 if config.precision == "bf16" else 4), config.model
-    held = rank_bytes(model, world.size, 3 if config.strategy == "fsdp" and world.size > 1 else 0, rows, number)
+    held = rank_bytes(model, world.size, 3 if config.strategy == "fsdp" and world.size > 1 else 0, rows, number, config.optimizer)
     logits = model.context_length * model.vocab_size
     held["activations"] -= 4 * rows * logits * (config.kernels == "on")
     evaluation = config.eval_batch_size * logits * (number + 8)  # the logits, their float32 copy, and an exponential
-    return int(sum(held.values()) - held["activations"] + max(held["activations"], evaluation))
+    update = muon_bytes(model, number) if config.optimizer == "muon" else 0  # when the activations are gone
+    return int(sum(held.values()) - held["activations"] + max(held["activations"], evaluation, update))
+
+
+def muon_bytes(model: ModelConfig, number: int) -> int:
+    "Bytes that Muon's update works in: three float32 copies of the matrices, and five in its products' precision of `number` bytes."
+    counts = count_parameters(model)
+    return (3 * 4 + 5 * number) * (counts["attention"] + counts["feed_forward"])
 
 # %% ../nbs/11_training.ipynb #d78139e4
 def free_bytes(device: torch.device) -> int | None:
@@ -730,7 +742,7 @@ def loss_and_gradients(model: nn.Module, loss_function: Callable, inputs: Tensor
 
 # %% ../nbs/11_training.ipynb #973cee71
 def leave_clipping(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    "The gradients' norm; the factor that brings it down to `max_norm` is left to AdamW's next step."
+    "The gradients' norm; the factor that brings it down to `max_norm` is left to the next step of AdamW or Muon."
     norm, optimizer.grad_scale = norm_and_scale([p.grad for p in parameters if p.grad is not None], max_norm)
     return norm
 
@@ -739,7 +751,7 @@ class TrainStep:
     """`step(inputs, targets, lr)`: one optimizer step on a batch. A tensor of three numbers, which stays on the device:
     loss (mean nats a target), gradient norm, number of targets.
 
-    `optimizer` is our AdamW; `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are
+    `optimizer` is our AdamW or Muon; `loss_function(model, inputs, targets)` may be compiled; `micro_batch` rows (0: all) are
     worked on at once; with `graph` the whole step is a `GraphedStep`. `model` may be wrapped for several processes
     (`distribute_model` of a `ModelCall`), whose rows have `uneven` numbers of targets or not. `cut` makes inputs and
     targets of the arguments before the rate, if they are something else. Nothing in it waits for the device."""
@@ -825,10 +837,10 @@ def refill(model: nn.Module, fresh: nn.Module) -> None:
     model.zero_grad()
 
 # %% ../nbs/11_training.ipynb #1da100c8
-def compiled_functions(config: TrainConfig) -> tuple[Callable, Callable, Callable]:
-    "The loss, the evaluation and AdamW's update of a resolved run."
+def compiled_functions(config: TrainConfig) -> tuple[Callable, Callable, Callable, Callable]:
+    "The loss, the evaluation, AdamW's update and Muon's of a resolved run."
     plain = eager_training_loss if config.compile == "off" else training_loss
-    functions = fused_training_loss if config.kernels == "on" else plain, evaluation_sums, adamw_update_capturable
+    functions = fused_training_loss if config.kernels == "on" else plain, evaluation_sums, adamw_update_capturable, muon_update_all
     return tuple(_compiled(function, config.compile) for function in functions)
 
 
@@ -845,6 +857,7 @@ class TrainParts:
     loss_function: Callable | None = None
     evaluation_function: Callable | None = None
     update: Callable | None = None
+    update_matrices: Callable | None = None
     tokens: dict[tuple, DeviceRows] = field(default_factory=dict)
 
     def fit(self, config: TrainConfig, world: World = World()) -> None:
@@ -859,7 +872,7 @@ class TrainParts:
         if is_sharded(config, world): return compile_blocks(self.model, config.compile)
         self.model.to(config.device)
         use_kernels(self.model, config.kernels == "on")
-        self.loss_function, self.evaluation_function, self.update = compiled_functions(config)
+        self.loss_function, self.evaluation_function, self.update, self.update_matrices = compiled_functions(config)
 
     def rows(self, rows: TokenRows, config: TrainConfig, world: World) -> TokenRows | DeviceRows:
         "The rows with their tokens on the device, if there is room."
@@ -872,6 +885,17 @@ class TrainParts:
             self.tokens[key] = DeviceRows(rows, device)
         return self.tokens[key]
 
+# %% ../nbs/11_training.ipynb #950fc865
+def build_optimizer(config: TrainConfig, parts: TrainParts, model: nn.Module, world: World) -> AdamW:
+    "A new optimizer of a resolved run; `model` is the parts' own or what wraps it. On one GPU it takes the parts' compiled updates."
+    settings = dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, capturable=can_be_recorded(config, world))
+    if config.optimizer == "adamw": optimizer = AdamW(model.parameters(), **settings)
+    else: optimizer = Muon(*split_parameters(parts.model), dtype=torch.bfloat16 if config.precision == "bf16" else None, **settings)
+    if settings["capturable"]:
+        optimizer.update = parts.update
+        if config.optimizer == "muon": optimizer.update_matrices = parts.update_matrices
+    return optimizer
+
 # %% ../nbs/11_training.ipynb #4b14c26e
 def build_run(config: TrainConfig, parts: TrainParts | None = None, world: World = World()) -> Run:
     "A run at step 0, its parts checked against each other. `config` is resolved; nothing is written yet."
@@ -880,9 +904,7 @@ def build_run(config: TrainConfig, parts: TrainParts | None = None, world: World
     parts.fit(config, world)
     model = distribute_model(ModelCall(parts.model), world, config.strategy, config.precision) \
         if world.size > 1 else parts.model
-    optimizer = AdamW(model.parameters(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-                      capturable=can_be_recorded(config, world))
-    if optimizer.param_groups[0]["capturable"]: optimizer.update = parts.update
+    optimizer = build_optimizer(config, parts, model, world)
     rows = parts.rows(train_rows, config, world)
     train_step = TrainStep(model, optimizer, parts.loss_function, precision=autocast_precision(config, world),
                            max_grad_norm=config.max_grad_norm, micro_batch=config.micro_batch,
@@ -1160,7 +1182,7 @@ _SAVER = ThreadPoolExecutor(1, "checkpoint")
 
 
 def make_room(model: nn.Module, tensors: int = 3) -> None:
-    "Have memory pinned for a checkpoint: for each parameter its weight and AdamW's two moments."
+    "Have memory pinned for a checkpoint: for each parameter its weight and AdamW's two moments (Muon's matrices need less)."
     parameters = list(model.parameters())
     with current_device(str(parameters[0].device)):
         held = [torch.empty_like(p, device="cpu", pin_memory=True) for p in parameters for _ in range(tensors)]
@@ -1220,7 +1242,8 @@ def _flat(nested: dict, prefix: str = "") -> dict:
 
 def _check_same_run(saved: dict, run: Run, name: Path) -> None:
     "`ValueError` where a checkpoint's settings or data contradict those of the run that would resume it."
-    _check_same(saved["config"] | {"data": saved["data"]}, asdict(run.config) | {"data": run.data}, name)
+    settings = {"optimizer": "adamw"} | saved["config"]  # before there was a choice
+    _check_same(settings | {"data": saved["data"]}, asdict(run.config) | {"data": run.data}, name)
 
 
 def _check_same(saved: dict, asked: dict, name: Path) -> None:
@@ -1265,7 +1288,7 @@ def _restore_tensors(run: Run, file: Path, state: dict) -> None:
     else: _restore(state, run.model, run.optimizer, file)
     for group in run.optimizer.param_groups: group["capturable"] = capturable  # of this device, not the checkpoint's
     for parameter, values in run.optimizer.state.items():
-        values["step"] = values["step"].to(parameter.device if capturable else "cpu")
+        if "step" in values: values["step"] = values["step"].to(parameter.device if capturable else "cpu")
 
 # %% ../nbs/11_training.ipynb #b1b53ce5
 def _restore_run(run: Run, file: Path, state: dict) -> None:
@@ -1323,7 +1346,8 @@ def _check_disk(run: Run) -> None:
     "`OSError` where the disk has no room for the run's checkpoints."
     if not run.config.keep_checkpoints: return
     there = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())
-    size = 12 * sum(p.numel() for p in TransformerLM(run.config.model, device="meta").parameters())
+    model = run.config.model
+    size = 4 * (sum(count_parameters(model).values()) + state_numbers(model, run.config.optimizer))
     new = max(1, run.config.keep_checkpoints + 1 - len(list_checkpoints(run.folder)))
     if (free := shutil.disk_usage(there).free) < new * size:
         raise OSError(f"{there} has {free / 1e9:.2f} GB free, but {new} checkpoints of {size / 1e9:.2f} GB are to "

@@ -122,6 +122,14 @@ def test_half_precision_halves_everything():
 
 # --- the answers
 
+def test_muon_keeps_one_number_for_each_weight_of_the_blocks_matrices():
+    config = PRESETS["demo"]
+    counts = count_parameters(config)
+    one = memory_bytes(config)["optimizer_state"] - memory_bytes(config, optimizer="muon")["optimizer_state"]
+    assert one == 4 * (counts["attention"] + counts["feed_forward"])
+    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'muon', but is 'sgd'"): memory_bytes(config, optimizer="sgd")
+
+
 def test_adamw_flops_per_parameter():
     assert adamw_flops(PRESETS["demo"]) == 14 * total(count_parameters(PRESETS["demo"]))
 

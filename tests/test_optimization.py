@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from cs336_lm.optimization import (SGD, AdamW, adamw_update, adamw_update_all, clip_gradients, cosine_schedule,
-                                   cross_entropy, token_losses)
+from cs336_lm.optimization import (NEWTON_SCHULZ, SGD, AdamW, Muon, adamw_update, adamw_update_all, clip_gradients, cosine_schedule,
+                                   cross_entropy, muon_update, muon_update_all, newton_schulz, newton_schulz_flops,
+                                   newton_schulz_stack, split_parameters, token_losses)
+from cs336_lm.transformer import ModelConfig, TransformerLM
 
 seeds = st.integers(0, 2**31)
 
@@ -237,6 +239,146 @@ def test_other_refusals():
     p = nn.Parameter(torch.zeros(3))
     p.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
     with pytest.raises(RuntimeError, match="sparse"): AdamW([p]).step()
+
+
+# --- Muon
+
+sides = st.integers(1, 12)
+
+
+def on_numbers(s, steps=5):
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps): s = s * (a + b * s**2 + c * s**4)
+    return s
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, sides, sides, st.integers(0, 6))
+def test_newton_schulz_is_its_polynomial_on_the_singular_values(seed, rows, columns, steps):
+    x = random(seed, rows, columns)
+    U, s, V = torch.linalg.svd(x, full_matrices=False)
+    torch.testing.assert_close(newton_schulz(x, steps), U @ torch.diag(on_numbers(s / s.norm(), steps)) @ V, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(newton_schulz(x.mT, steps), newton_schulz(x, steps).mT)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, sides, sides, st.floats(-4, 4))
+def test_newton_schulz_does_not_see_the_gradients_scale(seed, rows, columns, log_scale):
+    x = random(seed, rows, columns)
+    torch.testing.assert_close(newton_schulz(10**log_scale * x), newton_schulz(x), rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, sides, sides)
+def test_newton_schulz_of_an_orthogonal_matrix_is_a_multiple_of_it(seed, a, b):
+    columns, rows = sorted((a, b))
+    q = torch.linalg.qr(random(seed, rows, columns)).Q
+    factor = on_numbers(torch.tensor(columns**-0.5, dtype=torch.float64))
+    assert 0.68 < factor < 1.21
+    torch.testing.assert_close(newton_schulz(q), factor * q, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_newton_schulz_in_narrow_types_and_at_zero(dtype):
+    values = torch.linalg.svdvals(newton_schulz(random(0, 60, 200).to(dtype)).float())
+    assert 0.65 < values.min() and values.max() < 1.25
+    assert newton_schulz(torch.zeros(3, 4, dtype=dtype)).abs().max() == 0 == newton_schulz_stack(torch.zeros(2, 3, 4, dtype=dtype)).abs().max()
+
+
+def test_newton_schulz_refusals_and_flops():
+    with pytest.raises(ValueError, match=r"need a matrix.*\(3,\)"): newton_schulz(torch.zeros(3))
+    with pytest.raises(ValueError, match="steps.*-1"): newton_schulz(torch.zeros(3, 3), -1)
+    assert newton_schulz_flops(3, 7) == newton_schulz_flops(7, 3) == 5 * (4 * 9 * 7 + 2 * 27)
+
+
+SHAPES = [(6, 9), (9, 6), (7, 7), (6, 9), (1, 5), (5, 1)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.floats(0, 1), st.floats(0, 0.99), st.floats(0, 1), st.booleans())
+def test_muon_by_stacks_equals_the_clear_update(seed, lr, momentum, decay, tensors):
+    found, scale = [], torch.tensor(0.5, dtype=torch.float64)
+    for stacked in (False, True):
+        params, momenta = ([random(seed + i, *s) for i, s in enumerate(SHAPES)] for _ in range(2))
+        for step in range(2):
+            grads = [random(seed + 10 * step + i, *s) for i, s in enumerate(SHAPES)]
+            how = dict(lr=lr, momentum=momentum, weight_decay=decay)
+            if stacked and tensors: muon_update_all(params, grads, momenta, grad_scale=scale, **how | {"lr": 2 * lr * scale})
+            elif stacked: muon_update_all(params, [g / 2 for g in grads], momenta, **how)
+            else:
+                for p, g, m in zip(params, grads, momenta): muon_update(p, g / 2, m, **how)
+        found.append(params + momenta)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("form, tolerance", [({"dtype": torch.bfloat16}, 1e-3), ({"dtype": torch.bfloat16, "capturable": True}, 1e-3), ({}, 1e-2)], ids=str)
+def test_muon_goes_torchs_way(form, tolerance):
+    ways = []
+    for make in (lambda p: Muon(p, lr=2e-2, weight_decay=0.2, **form),
+                 lambda p: torch.optim.Muon(p, lr=2e-2, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")):
+        params = [nn.Parameter(random(i, *s, dtype=torch.float32)) for i, s in enumerate([(20, 30), (30, 20), (16, 16)])]
+        start, optimizer = [p.detach().clone() for p in params], make(params)
+        for step in range(30):
+            for i, p in enumerate(params): p.grad = random(100 * step + i, *p.shape, dtype=torch.float32) if step % 3 or i else None
+            optimizer.step()
+        ways.append([p.detach() - s for p, s in zip(params, start)])
+        buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+        ways[-1] += [1e3 * b for b in buffers]
+    for ours, theirs in zip(*ways): assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_muon_steps_matrices_and_leaves_the_others_to_adamw():
+    make = lambda: [nn.Parameter(random(i, *s)) for i, s in enumerate([(4, 6), (5, 3), (7,)])]
+    settings = dict(lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    (a, b, c), (d, e, f) = make(), make()
+    both, alone, by_hand = Muon([a], [b, c], **settings), AdamW([e, f], **settings), torch.zeros_like(d)
+    for step in range(4):
+        for i, (p, q) in enumerate(zip((a, b, c), (d, e, f))): p.grad = q.grad = random(9 * step + i, *p.shape)
+        both.step(), alone.step()
+        with torch.no_grad(): muon_update(d, d.grad, by_hand, lr=0.1, momentum=0.95, weight_decay=0.3)
+    assert torch.equal(b, e) and torch.equal(c, f)
+    torch.testing.assert_close(a, d, rtol=1e-10, atol=1e-10)
+    assert list(both.state[a]) == ["momentum_buffer"] and "momentum" in both.param_groups[0] and "momentum" not in both.param_groups[1]
+
+
+def test_muon_continues_from_its_state_and_refuses_anothers():
+    params = lambda: [nn.Parameter(random(i, *s)) for i, s in enumerate([(4, 6), (5, 3)])]
+    def go_on(optimizer, tensors, steps):
+        for step in steps:
+            for i, p in enumerate(tensors): p.grad = random(5 * step + i, *p.shape)
+            optimizer.step()
+    (a, b), (c, d) = params(), params()
+    first = Muon([a], [b], lr=0.1)
+    go_on(first, [a, b], range(3))
+    state = copy.deepcopy(first.state_dict())
+    with torch.no_grad(): c.copy_(a), d.copy_(b)
+    second = Muon([c], [d])
+    second.load_state_dict(state)
+    go_on(first, [a, b], range(3, 6)), go_on(second, [c, d], range(3, 6))
+    assert torch.equal(a, c) and torch.equal(b, d)
+    two = AdamW([{"params": [c]}, {"params": [d]}])
+    with pytest.raises(ValueError, match="group 0 of the state is Muon's"): two.load_state_dict(state)
+    with pytest.raises(ValueError, match="group 0 of the state is AdamW's"): second.load_state_dict(two.state_dict())
+
+
+def test_muon_refusals():
+    matrix, vector = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"takes matrices.*\(3,\).*others"): Muon([matrix, vector])
+    for momentum in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="momentum"): Muon([matrix], momentum=momentum)
+    with pytest.raises(ValueError, match="learning rate"): Muon([matrix], lr=-1)
+    matrix.grad = torch.sparse_coo_tensor([[0], [0]], [1.0], (2, 3), check_invariants=True)
+    with pytest.raises(RuntimeError, match="Muon does not support sparse"): Muon([matrix]).step()
+
+
+@pytest.mark.parametrize("change", [{}, {"tied_embeddings": True}, {"ffn": "silu"}, {"norm": "none"}, {"position": "none"}], ids=str)
+def test_every_parameter_is_in_one_group_and_only_the_blocks_matrices_are_muons(change):
+    model = TransformerLM(ModelConfig(**{**dict(vocab_size=50, context_length=8, d_model=16, num_layers=2, num_heads=2, d_ff=32), **change}))
+    matrices, others = split_parameters(model)
+    assert sorted(map(id, matrices + others)) == sorted(map(id, model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(name.startswith("layers.") and p.ndim == 2 for p in matrices for name in [names[id(p)]])
+    assert not [n for n in (names[id(p)] for p in others) if "proj" in n or "ffn" in n] and len(matrices) == 2 * (4 + (2 if change.get("ffn") else 3))
 
 
 # --- schedule

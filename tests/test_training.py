@@ -13,7 +13,8 @@ from hypothesis import given, settings, strategies as st
 from cs336_lm import training
 from cs336_lm.corpora import END_OF_TEXT
 from cs336_lm.dataset import IGNORE_INDEX, TokenFile, document_starts, encode_file
-from cs336_lm.optimization import SGD, AdamW, cross_entropy
+from cs336_lm.distributed import World
+from cs336_lm.optimization import SGD, AdamW, Muon, cross_entropy, split_parameters
 from cs336_lm.tokenizer import Tokenizer
 from cs336_lm.training import (DeviceRows, LivePlot, ModelConfig, Prefetch, StopRequest, TokenRows, TrainConfig, TrainParts, TrainStep,
                                TransformerLM, config_from_dict, evaluate, learning_rate, list_checkpoints, load_config,
@@ -209,6 +210,78 @@ def test_micro_batch_must_divide_the_batch_and_trains(config):
 
 def test_capturable_adamw_with_the_rate_in_a_tensor_makes_the_same_step(config):
     for plain, tensors in zip(one_step(config), one_step(config, capturable=True)): torch.testing.assert_close(plain, tensors, rtol=1e-5, atol=1e-7)
+
+
+def test_training_with_muon_is_the_clear_loop_and_the_loss_falls(config):
+    config = replace(config, optimizer="muon")
+    result = run(config)
+    data = open_rows(config.train_tokens, config.model)
+    torch.manual_seed(config.seed)
+    model = TransformerLM(config.model)
+    optimizer = Muon(*split_parameters(model), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    losses = training_loop(model, optimizer, lambda step: data.batch(config.batch_size, config.seed, step), lambda step: learning_rate(config, step),
+                           config.steps, max_grad_norm=config.max_grad_norm, loss_function=torch_cross_entropy)
+    saved = torch.load(result.checkpoint, weights_only=True)
+    assert same_bits(saved["model"], model.state_dict())
+    assert losses[-1] < 0.75 * losses[0]
+    matrices = len(saved["optimizer"]["param_groups"][0]["params"])
+    kept = [sorted(state) for state in saved["optimizer"]["state"].values()]
+    assert kept[:matrices] == [["momentum_buffer"]] * 7 and kept[matrices:] == [["exp_avg", "exp_avg_sq", "step"]] * (len(kept) - 7)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_muon_as_the_gpus_step_has_it_makes_the_same_steps(config, precision, tolerance, monkeypatch):
+    "Rate, counts and clipping in tensors, and the updates traced: what a CUDA graph will hold, here on the CPU."
+    plain = run(replace(config, name="plain", optimizer="muon"))
+    monkeypatch.setattr(training, "can_be_recorded", lambda config, world: True)
+    opened, build = [], training.build_optimizer
+    monkeypatch.setattr(training, "build_optimizer", lambda *args: opened.append(build(*args)) or opened[-1])
+    traced = run(replace(config, name="traced", optimizer="muon", compile="aot_eager", precision=precision))
+    for optimizer in opened:
+        assert all(group["capturable"] and isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
+        assert optimizer.dtype == (torch.bfloat16 if precision == "bf16" else None) and hasattr(optimizer.update_matrices, "_torchdynamo_orig_callable")
+    assert traced.evaluation["loss"] == pytest.approx(plain.evaluation["loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize("change", [{}, {"micro_batch": 2}, {"rows": "documents"}], ids=str)
+def test_a_run_with_muon_resumes_bit_for_bit(config, change, monkeypatch):
+    config = replace(config, optimizer="muon", **change)
+    whole = run(config)
+    with at_step(12, lambda run: signal.raise_signal(signal.SIGINT), monkeypatch): run(replace(config, name="again"))
+    again = run(replace(config, name="again"), resume=True)
+    assert same_bits(final_state(whole), final_state(again)) and timeless(whole) == timeless(again)
+
+
+@pytest.mark.parametrize("first, then", [("adamw", "muon"), ("muon", "adamw")])
+@pytest.mark.parametrize("old", [False, True], ids=["", "of an earlier version"])
+def test_a_run_does_not_go_on_with_the_other_optimizer(config, first, then, old):
+    result = run(replace(config, optimizer=first))
+    if old and first == "adamw":
+        state, settings = torch.load(result.checkpoint, weights_only=True), json.loads((result.folder / "config.json").read_text())
+        del state["config"]["optimizer"], settings["optimizer"]
+        torch.save(state, result.checkpoint)
+        (result.folder / "config.json").write_text(json.dumps(settings))
+        assert load_config(result.folder).optimizer == "adamw" and run(config, resume=True).status == "finished"
+    before = {p: p.read_bytes() for p in result.folder.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=f"optimizer was '{first}' and is now '{then}'; resume with the old value"):
+        run(replace(config, optimizer=then), resume=True)
+    assert before == {p: p.read_bytes() for p in result.folder.rglob("*") if p.is_file()}
+
+
+def test_runs_with_either_optimizer_share_parts(config):
+    configs = [replace(config, name=f"o{i}", optimizer=name, seed=i) for i, name in enumerate(["adamw", "muon", "adamw", "muon"])]
+    alone = [run(replace(c, name=c.name + "-alone")) for c in configs]
+    for a, b in zip(alone, train_many(configs, progress=False), strict=True): assert same_bits(final_state(a), final_state(b))
+
+
+def test_muon_needs_whole_matrices_and_less_memory(config):
+    muon = replace(config, optimizer="muon", strategy="fsdp")
+    assert resolve_config(muon).optimizer == "muon"  # alone, nothing is sharded
+    with pytest.raises(ValueError, match="'muon' needs whole matrices.*'ddp' or optimizer 'adamw'"): training.open_run(muon, world=World(0, 2, 0, "cpu"))
+    assert not (Path(config.runs_dir) / config.name).exists()
+    matrices = sum(p.numel() for p in split_parameters(TransformerLM(TINY))[0])
+    resolved = resolve_config(replace(config, eval_batch_size=64))
+    assert planned_bytes(resolved) - planned_bytes(replace(resolved, optimizer="muon")) == 4 * matrices
 
 
 def test_runs_that_share_parts_equal_fresh_ones(config):
@@ -531,7 +604,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(config, monkeypatch):
     state = torch.load(result.checkpoint, weights_only=True)
     for key in "watch", "good_step": del state[key]
     for split in state["data"].values(): del split["sample"]
-    for key in "graph", "micro_batch", "kernels", "memory_gb", "tensorboard", "strategy": del state["config"][key]
+    for key in "graph", "micro_batch", "kernels", "memory_gb", "tensorboard", "strategy", "optimizer": del state["config"][key]
     for group in state["optimizer"]["param_groups"]: del group["capturable"]
     torch.save(state, result.checkpoint)
     assert run(config, resume=True).status == "finished"

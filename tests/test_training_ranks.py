@@ -38,13 +38,13 @@ def config(tmp_path_factory):
                        checkpoint_every=4, log_every=3, device="cpu", runs_dir=folder / "runs")
 
 
-RUNS = {"ddp": {}, "ddp-documents": dict(rows="documents", micro_batch=2), "fsdp": dict(strategy="fsdp"),
+RUNS = {"ddp": {}, "ddp-muon": dict(optimizer="muon"), "ddp-documents": dict(rows="documents", micro_batch=2), "fsdp": dict(strategy="fsdp"),
         "fsdp-documents": dict(strategy="fsdp", rows="documents"), "stopped-ddp": {}, "stopped-fsdp": dict(strategy="fsdp")}
 
 
 @pytest.fixture(scope="module")
 def first(config):
-    "All runs on two processes: four finished, two stopped by a signal to one process, one whose process 1 dies in step 14."
+    "All runs on two processes: five finished, two stopped by a signal to one process, one whose process 1 dies in step 14."
     jobs = [{"config": asdict(replace(config, name=name, **change)), "term_at": 13 if "stopped" in name else None}
             for name, change in RUNS.items()]
     return launch(jobs + [{"config": asdict(replace(config, name="dead", strategy="fsdp")), "kill_at": 14}])
