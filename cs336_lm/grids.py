@@ -104,8 +104,11 @@ VARIANTS |= {
                         for k in ("context_length", "d_ff", "num_layers", "tied_embeddings")},
                        {"batch_size": 64}, 32_000),
 }
+VARIANTS["muon"] = Variant("Muon for the blocks' matrices (chapter 09), AdamW for the rest", settings={"optimizer": "muon"})
 VARIANTS["writeup-std0.02"] = replace(VARIANTS["writeup"], about="the write-up's leaderboard model, its table small at first",
                                       model={**VARIANTS["writeup"].model, "embedding_std": 0.02})
+VARIANTS["writeup-muon"] = replace(VARIANTS["writeup-std0.02"], about="that one with Muon for the blocks' matrices",
+                                   settings={**VARIANTS["writeup"].settings, "optimizer": "muon"})
 
 # %% ../nbs/14_learning_rate.ipynb #54920caf
 def rate_text(rate: float) -> str:
@@ -224,7 +227,9 @@ GRIDS: dict[str, Grid] = {
     "best_ablations": Grid("each ablation at its best rate", (), (), (0, 1, 2), 0,
                            besides=(*((v, 3e-3) for v in ABLATED if v != "no-rmsnorm"), ("no-rmsnorm", 3e-4))),
     "writeup": Grid("the write-up's leaderboard model", ("writeup",), (3e-3,), (0,), 0, budget="full"),
-    "leaderboard": Grid("the same with a table that is small at first", ("writeup-std0.02",), (3e-3,), (0,), 0, budget="full"),
+    "muon": Grid("Muon by the rates of the ablations", ("muon",), ABLATION_RATES),
+    "leaderboard": Grid("the same with a table that is small at first, by two rates", ("writeup-std0.02",), (3e-3, 1.8e-3), (0,), 1, (1, 2), budget="full"),
+    "contender": Grid("and with Muon", ("writeup-muon",), (3e-3, 1e-2), (0,), 1, (1, 2), budget="full"),
 }
 
 RUNS |= {cell.name: cell.recipe() for grid in GRIDS.values()
