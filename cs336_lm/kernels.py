@@ -235,9 +235,9 @@ def _attention_backward_row(QKV, COS, SIN, OUT, LSE, GRAD, DQKV, T, H, scale, TU
 
 # %% ../nbs/09b_kernels.ipynb #a1229fa1
 THREE_STAGES, TWO_STAGES = 608, 352  # bytes of shared memory for each byte of a head's row; an H100 needs more and has more
-ONE_PASS_TIME = 0  # longest rows whose backward pass is `_attention_backward_row`; 256 is what its registers hold
-ROW_BLOCKS, ROW_SHARED = (128, 64, 8), 1536  # its queries, keys and warps; and bytes of shared memory as above
-ONE_READ_VOCAB = 0  # most entries of a vocabulary whose logits `_cross_entropy_row` keeps in registers; at most 32,768
+ONE_PASS_TIME = 256  # longest rows whose backward pass is `_attention_backward_row`; 256 is what its registers hold
+ROW_BLOCKS, ROW_SHARED = (64, 64, 4), 1536  # its queries, keys and warps; and bytes of shared memory as above
+ONE_READ_VOCAB = 16_384  # most entries of a vocabulary whose logits `_cross_entropy_row` keeps in registers; at most 32,768
 
 
 def _shared_bytes(device: torch.device) -> int:
@@ -378,7 +378,7 @@ def _row_blocks(vocab: int) -> tuple[int, int]:
 def _launch_loss(logits: Tensor, targets: Tensor, losses: Tensor, count: Tensor, ignore_index: int) -> None:
     "Losses of rows of logits, which become the gradient of their mean."
     rows, vocab = logits.shape
-    if vocab <= ONE_READ_VOCAB: kernel, blocks, warps = _cross_entropy_row, _row_blocks(vocab), 8 if vocab <= 16_384 else 16
+    if vocab <= ONE_READ_VOCAB: kernel, blocks, warps = _cross_entropy_row, _row_blocks(vocab), 4
     else: kernel, blocks, warps = _cross_entropy, (min(4096, _power(vocab)),), 4
     kernel[(rows,)](logits, targets, losses, count, vocab, ignore_index, *blocks, num_warps=warps)
 

@@ -307,8 +307,8 @@ def _check_muon_group(group: dict) -> None:
 class Muon(AdamW):
     """Muon for the `matrices`, AdamW for the `others`, at one rate and decay; its first group, with a `momentum`, is Muon's.
 
-    `dtype`: the precision of Muon's products, by default that of the weights. `capturable` and `grad_scale` as in AdamW,
-    and `update_matrices` may be replaced by its compiled form. ValueError for a setting out of range, a parameter of
+    `dtype`: the precision of Muon's products, by default that of the weights. `capturable` and `grad_scale` as in AdamW.
+    ValueError for a setting out of range, a parameter of
     `matrices` that is not one, or the state of another optimizer; RuntimeError for a sparse gradient. Source: Jordan et al., 2024.
     """
 
@@ -317,7 +317,7 @@ class Muon(AdamW):
                  capturable: bool = False, dtype: torch.dtype | None = None):
         groups = [{"params": list(matrices), "momentum": momentum}, {"params": list(others)}]
         super().__init__(groups, lr, betas, eps, weight_decay, capturable=capturable)
-        self.update_matrices, self.dtype = muon_update_all, dtype
+        self.dtype = dtype
 
     def add_param_group(self, param_group: dict) -> None:
         "Add a group: matrices for Muon if it has a `momentum`, else parameters for AdamW."
@@ -330,7 +330,7 @@ class Muon(AdamW):
         if "momentum" not in group: return super().step_group(group, params)
         momenta = [_momentum_of(self.state[p], p) for p in params]
         settings = {name: group[name] for name in ("lr", "momentum", "weight_decay")}
-        self.update_matrices(params, [p.grad for p in params], momenta, dtype=self.dtype, grad_scale=self.grad_scale, **settings)
+        muon_update_all(params, [p.grad for p in params], momenta, dtype=self.dtype, grad_scale=self.grad_scale, **settings)
 
 
 def _momentum_of(state: dict, param: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from .distributed import (OLD, ModelCall, World, any_rank, bring_back, clip_grad
 from .kernels import fused_training_loss, kernels_fit, use_kernels
 from .layers import swiglu_d_ff
 from .optimization import (AdamW, Muon, adamw_update_capturable, clip_gradients, cosine_schedule, cross_entropy,
-                                   muon_update_all, norm_and_scale, split_parameters, token_losses)
+                                   norm_and_scale, split_parameters, token_losses)
 from .tokenizer import Tokenizer
 from .transformer import ModelConfig, TransformerLM
 
@@ -837,10 +837,10 @@ def refill(model: nn.Module, fresh: nn.Module) -> None:
     model.zero_grad()
 
 # %% ../nbs/11_training.ipynb #1da100c8
-def compiled_functions(config: TrainConfig) -> tuple[Callable, Callable, Callable, Callable]:
-    "The loss, the evaluation, AdamW's update and Muon's of a resolved run."
+def compiled_functions(config: TrainConfig) -> tuple[Callable, Callable, Callable]:
+    "The loss, the evaluation and AdamW's update of a resolved run."
     plain = eager_training_loss if config.compile == "off" else training_loss
-    functions = fused_training_loss if config.kernels == "on" else plain, evaluation_sums, adamw_update_capturable, muon_update_all
+    functions = fused_training_loss if config.kernels == "on" else plain, evaluation_sums, adamw_update_capturable
     return tuple(_compiled(function, config.compile) for function in functions)
 
 
@@ -857,7 +857,6 @@ class TrainParts:
     loss_function: Callable | None = None
     evaluation_function: Callable | None = None
     update: Callable | None = None
-    update_matrices: Callable | None = None
     tokens: dict[tuple, DeviceRows] = field(default_factory=dict)
 
     def fit(self, config: TrainConfig, world: World = World()) -> None:
@@ -872,7 +871,7 @@ class TrainParts:
         if is_sharded(config, world): return compile_blocks(self.model, config.compile)
         self.model.to(config.device)
         use_kernels(self.model, config.kernels == "on")
-        self.loss_function, self.evaluation_function, self.update, self.update_matrices = compiled_functions(config)
+        self.loss_function, self.evaluation_function, self.update = compiled_functions(config)
 
     def rows(self, rows: TokenRows, config: TrainConfig, world: World) -> TokenRows | DeviceRows:
         "The rows with their tokens on the device, if there is room."
@@ -887,13 +886,11 @@ class TrainParts:
 
 # %% ../nbs/11_training.ipynb #950fc865
 def build_optimizer(config: TrainConfig, parts: TrainParts, model: nn.Module, world: World) -> AdamW:
-    "A new optimizer of a resolved run; `model` is the parts' own or what wraps it. On one GPU it takes the parts' compiled updates."
+    "A new optimizer of a resolved run; `model` is the parts' own or what wraps it. On one GPU it takes the parts' compiled update."
     settings = dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, capturable=can_be_recorded(config, world))
     if config.optimizer == "adamw": optimizer = AdamW(model.parameters(), **settings)
     else: optimizer = Muon(*split_parameters(parts.model), dtype=torch.bfloat16 if config.precision == "bf16" else None, **settings)
-    if settings["capturable"]:
-        optimizer.update = parts.update
-        if config.optimizer == "muon": optimizer.update_matrices = parts.update_matrices
+    if settings["capturable"]: optimizer.update = parts.update
     return optimizer
 
 # %% ../nbs/11_training.ipynb #4b14c26e

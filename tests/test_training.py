@@ -231,7 +231,7 @@ def test_training_with_muon_is_the_clear_loop_and_the_loss_falls(config):
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_muon_as_the_gpus_step_has_it_makes_the_same_steps(config, precision, tolerance, monkeypatch):
-    "Rate, counts and clipping in tensors, and the updates traced: what a CUDA graph will hold, here on the CPU."
+    "Rate, counts and clipping in tensors, and AdamW's update traced: what a CUDA graph will hold, here on the CPU."
     plain = run(replace(config, name="plain", optimizer="muon"))
     monkeypatch.setattr(training, "can_be_recorded", lambda config, world: True)
     opened, build = [], training.build_optimizer
@@ -239,7 +239,7 @@ def test_muon_as_the_gpus_step_has_it_makes_the_same_steps(config, precision, to
     traced = run(replace(config, name="traced", optimizer="muon", compile="aot_eager", precision=precision))
     for optimizer in opened:
         assert all(group["capturable"] and isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
-        assert optimizer.dtype == (torch.bfloat16 if precision == "bf16" else None) and hasattr(optimizer.update_matrices, "_torchdynamo_orig_callable")
+        assert optimizer.dtype == (torch.bfloat16 if precision == "bf16" else None)
     assert traced.evaluation["loss"] == pytest.approx(plain.evaluation["loss"], rel=tolerance)
 
 
