@@ -910,8 +910,9 @@ def analyse_cell(cell: Cell, prepared: Prepared, *, runs_dir: str | Path = "runs
 
     `rows` rows a batch; uncompiled, float32, chapter 07's own attention. The record NAME-checkpoints has the measure
     `points`, a list of {"step", "lr", "loss", "sharpness", "adam_sharpness", "noise_scale"} (the last in rows; None: more batches are needed)
-    and "lowest", "adam_lowest", the other ends of the two spectra."""
+    and "lowest", "adam_lowest", the other ends of the two spectra. ValueError for a cell that AdamW does not train."""
     config = cell_config(cell, prepared, runs_dir, changes)
+    if config.optimizer != "adamw": raise ValueError(f"{cell.name} is trained by {config.optimizer}, which has no second moments for all weights; analyse a cell of AdamW")
     every = max(1, config.steps // points)
     config = replace(config, name=f"{cell.name}-checkpoints", checkpoint_every=every, keep_checkpoints=points + 1)
     folder = Path(runs_dir) / config.name

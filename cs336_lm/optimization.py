@@ -308,8 +308,8 @@ class Muon(AdamW):
     """Muon for the `matrices`, AdamW for the `others`, at one rate and decay; its first group, with a `momentum`, is Muon's.
 
     `dtype`: the precision of Muon's products, by default that of the weights. `capturable` and `grad_scale` as in AdamW.
-    ValueError for a setting out of range, a parameter of
-    `matrices` that is not one, or the state of another optimizer; RuntimeError for a sparse gradient. Source: Jordan et al., 2024.
+    ValueError for a setting out of range, a parameter of `matrices` that is not one, or the state of another optimizer;
+    RuntimeError for a sparse gradient. Source: Jordan et al., 2024.
     """
 
     def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor] = (), lr: float = 1e-3, momentum: float = 0.95,
