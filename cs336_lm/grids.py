@@ -785,6 +785,8 @@ def main(words: Sequence[str] | None = None) -> int:
     args, began = _arguments(words), time.monotonic()
     if unknown := [n for names in args.grids for n in names.split(",") if n not in GRIDS]:
         raise SystemExit(f"there is no grid {unknown[0]!r}; there are {', '.join(GRIDS)}")
+    if taken := [str(path) for path in args.known if set(str(path).split(",")) <= GRIDS.keys()]:
+        raise SystemExit(f"--known takes folders, and took {taken[0]!r} for one; name the grids before the options")
     args.records.mkdir(parents=True, exist_ok=True)
     if args.analyse: return _analyse(args)
     if args.worker is not None: return _be_worker(args) or 0

@@ -316,6 +316,11 @@ def test_sharpness_and_noise_along_a_run(prepared, tmp_path):
     assert not found or gr.critical_batch(log) == found[-1] * 24
 
 
+def test_a_grid_is_not_taken_for_a_folder(tmp_path):
+    with pytest.raises(SystemExit, match="took 'ablations,cosine800' for one"): gr.main(["--records", str(tmp_path / "r"), "--known", str(tmp_path), "ablations,cosine800"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_of_muon_is_not_analysed(prepared, tmp_path):
     with pytest.raises(ValueError, match="small-muon-lr1e-2-seed0 is trained by muon"): gr.analyse_cell(gr.Cell("small", "muon", 1e-2, 0), prepared, runs_dir=tmp_path, records=tmp_path, changes=TOY)
     assert not list(tmp_path.iterdir())
