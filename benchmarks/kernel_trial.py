@@ -1,12 +1,15 @@
-"""Candidates for chapter 09b's kernels beside the present ones, checked and timed on one GPU: `python3 benchmarks/kernel_trial.py`.
+"""Candidates for chapter 09b's kernels, checked and timed side by side on one GPU: `python benchmarks/kernel_trial.py`.
 
-One line a candidate: relative error against the clear version in float32, and milliseconds (median). What is most
-promising comes first; after `BUDGET` seconds the rest is left out.
+One line a candidate: relative error against the clear version in float32, and milliseconds (median). "present" and "three"
+are the kernels of several passes, "row" those of one, "two" and the forward "row" are of this file alone. What is most
+promising comes first; after `BUDGET` seconds the rest is left out. Chapter 09b reads `figures/runs/kernel-trial-h200.txt`.
 """
-import math, time
+import math, sys, time
 from functools import partial
 
-import torch, triton, triton.language as tl
+import torch
+if not torch.cuda.is_available(): sys.exit("the kernels are timed on a GPU, and PyTorch sees none here")
+import triton, triton.language as tl
 
 import cs336_lm.kernels as k
 from cs336_lm.layers import rope_angles
