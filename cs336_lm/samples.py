@@ -235,12 +235,12 @@ def read_whole(model: TransformerLM, tokenizer: Tokenizer, stories: str | os.Pat
 
     Of the file's first `most` stories those that fit into a row; empty where none does. ValueError where one is no story of the grammar."""
     separator, room = tokenizer.token_to_id(END_OF_TEXT), model.config.context_length
-    ids = {text: tokenizer.encode(text + END_OF_TEXT) for text in islice(read_documents(stories), most)}
-    ids = {text: row for text, row in ids.items() if len(row) <= room}
-    if not ids: return {}
-    losses = continuation_losses(model, [[separator]] * len(ids), list(ids.values()))
-    tokens, floor = sum(map(len, losses)), -sum(parse_story(text.strip()).log_probability for text in ids)
-    return {"stories": len(ids), "tokens": tokens, "loss": sum(map(sum, losses)) / tokens, "floor": floor / tokens}
+    texts = list(islice(read_documents(stories), most))
+    fitting = [(text, ids) for text, ids in zip(texts, tokenizer.encode_batch([text + END_OF_TEXT for text in texts])) if len(ids) <= room]
+    if not fitting: return {}
+    losses = continuation_losses(model, [[separator]] * len(fitting), [ids for _, ids in fitting])
+    tokens, floor = sum(map(len, losses)), -sum(parse_story(text.strip()).log_probability for text, _ in fitting)
+    return {"stories": len(fitting), "tokens": tokens, "loss": sum(map(sum, losses)) / tokens, "floor": floor / tokens}
 
 # %% ../nbs/16_openwebtext.ipynb #bc9d689c
 def run_grammar(seed: int, prepared: Prepared, *, runs_dir: str | os.PathLike = "runs", records: str | os.PathLike = "figures/runs", samples: int = 50,

@@ -50,10 +50,10 @@ __all__ = ['CHECKPOINT_SCHEMA', 'PEAK_TFLOPS', 'QUEUED_SECONDS', 'DIVERGED_NATS'
            'autocast_precision', 'can_be_recorded', 'learning_rate', 'next_step', 'to_host', 'runs_behind', 'arrival',
            'send', 'has_work', 'Diverged', 'LossWatch', 'divergence_window', 'watch_state', 'restored_watch', 'receive',
            'settle', 'append_log', 'log_step', 'loop_rate', 'list_checkpoints', 'step_of', 'remove_checkpoint',
-           'save_run', 'make_room', 'prepare_saving', 'sync_log', 'finish_saving', 'newest_checkpoint', 'open_run',
-           'FolderLock', 'check_resumable', 'StopRequest', 'is_asked_to_stop', 'record_evaluation', 'advance',
-           'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot', 'train_many',
-           'load_model']
+           'save_run', 'make_room', 'prepare_saving', 'sync_log', 'finish_saving', 'flat_settings', 'newest_checkpoint',
+           'open_run', 'FolderLock', 'check_resumable', 'StopRequest', 'is_asked_to_stop', 'record_evaluation',
+           'advance', 'TrainResult', 'train', 'connected', 'summary_writer', 'TensorBoardWriter', 'LivePlot',
+           'train_many', 'load_model']
 
 # %% ../nbs/11_training.ipynb #079b8f39
 def training_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -1231,10 +1231,10 @@ FREE_ON_RESUME = {"name", "train_tokens", "valid_tokens", "tokenizer", "eval_eve
                   "micro_batch", "strategy", "memory_gb", "tensorboard", "runs_dir"}
 
 
-def _flat(nested: dict, prefix: str = "") -> dict:
+def flat_settings(nested: dict, prefix: str = "") -> dict:
     "The entries of nested dicts under names like model.norm."
     return {name: value for k, v in nested.items()
-            for name, value in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}).items()}
+            for name, value in (flat_settings(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}).items()}
 
 
 def _check_same_run(saved: dict, run: Run, name: Path) -> None:
@@ -1245,7 +1245,7 @@ def _check_same_run(saved: dict, run: Run, name: Path) -> None:
 
 def _check_same(saved: dict, asked: dict, name: Path) -> None:
     "`ValueError` naming the first setting that differs, of those that shape the result."
-    old, new = _flat(saved), _flat(asked)
+    old, new = flat_settings(saved), flat_settings(asked)
     wrong = [key for key in new if key not in FREE_ON_RESUME and key in old and old[key] != new[key]]
     if wrong: raise ValueError(f"{name} contradicts the configuration: {wrong[0]} was {old[wrong[0]]!r} and is now "
                                f"{new[wrong[0]]!r}; resume with the old value, or start a run under another name")

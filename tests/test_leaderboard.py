@@ -55,6 +55,7 @@ def test_bits_at_is_the_last_evaluation_by_then(evals, seconds):
 def test_of_a_models_full_runs_the_lowest_is_drawn():
     names = ["full-writeup-muon-lr1e-2-seed0", "full-writeup-muon-lr3e-3-seed0", "full-base-lr3e-3-seed0", "small-base-lr3e-3-seed0", "full-no-rmsnorm-lr3e-4-seed0", "demo"]
     logs = [run(name, [(2, 2.0), (5, bits)]) for name, bits in zip(names, (1.5, 1.25, 1.4, 1.1, 1.0, 0.9))]
+    logs.append(run("full-writeup-muon-lr1e-2-seed1", [(2, 2.0), (5, None)]))  # diverged
     assert [log.name for log in lb.best_racers(logs)] == ["full-base-lr3e-3-seed0", "full-writeup-muon-lr3e-3-seed0"]
 
 
