@@ -76,7 +76,7 @@ def plot_race(logs: Sequence[RunLog]) -> Figure:
     ax.step((*times, 250), (*bits, bits[-1]), where="post", color="#555555", lw=0.9, label="the record")
     ax.set(**_RACE, title="What the clock buys on web-488MB")
     for axis, ticks in ((ax.xaxis, [10, 20, 50, 100, 200]), (ax.yaxis, np.arange(1.1, 1.81, 0.1))): _plain_ticks(axis, ticks)
-    ax.legend()
+    ax.legend(fontsize=8)
     figure.supxlabel(grid_caption(logs), fontsize=7, color="#555555")
     return figure
 
